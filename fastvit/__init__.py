@@ -1,0 +1,37 @@
+"""fastvit: a drop-in faster Vision Transformer for PyTorch.
+
+Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled extension.
+"""
+
+from . import ops
+from .backends import use_backend
+from .checkpoint import load_checkpoint
+from .errors import (
+    BackendUnavailable,
+    CheckpointError,
+    ExtensionMismatch,
+    ExtensionNotBuilt,
+    FastvitError,
+    ParityError,
+)
+from .variants import create_model, list_models
+from .verification import verify
+from .vit import VisionTransformer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "ExtensionMismatch",
+    "ExtensionNotBuilt",
+    "FastvitError",
+    "ParityError",
+    "VisionTransformer",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "use_backend",
+    "verify",
+]

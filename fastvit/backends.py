@@ -1,0 +1,176 @@
+"""The one table of backends, and the one reader of environment variables.
+
+``TABLE`` lists, for each op, its backends in order of preference. A row's ``can_run`` looks at the
+call's metadata (shape, stride, dtype, device) and answers None, or the reason why not. ``resolve`` is
+the only place where a backend is chosen: a call, `fastvit info` and `fastvit demo` all ask it.
+
+    FASTVIT_BACKEND   "auto" (default), a backend's name, or per op: "attention=triton,patch_embed=reference"
+    FASTVIT_DISABLE   "1": every op runs the reference
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from typing import NamedTuple, Self
+
+import torch
+
+from .errors import BackendUnavailable
+
+logger = logging.getLogger("fastvit")
+
+
+class Backend(NamedTuple):
+    """One row: a name, and a function of the call that answers None or the reason why it cannot run."""
+
+    name: str
+    can_run: Callable[..., str | None]
+
+
+def _always(*args, **kwargs) -> None:
+    return None
+
+
+def _not_written(kernel: str) -> Callable[..., str]:
+    def can_run(*args, **kwargs) -> str:
+        return f"this version of fastvit has no {kernel} kernel for this op"
+
+    return can_run
+
+
+_REFERENCE = Backend("reference", _always)
+_TRITON = Backend("triton", _not_written("Triton"))
+_CUDA = Backend("cuda", _not_written("CUDA"))
+_CPP = Backend("cpp", _not_written("C++"))
+
+TABLE: dict[str, tuple[Backend, ...]] = {
+    "patch_embed": (_TRITON, _REFERENCE),
+    "layer_norm_linear": (_CUDA, _CPP, _REFERENCE),
+    "attention": (_TRITON, _REFERENCE),
+    "linear_residual": (_CUDA, _CPP, _REFERENCE),
+    "layer_norm_mlp": (_CUDA, _CPP, _REFERENCE),
+}
+NAMES = ("auto", *dict.fromkeys(row.name for rows in TABLE.values() for row in rows))
+
+
+def _check(name: str, op: str | None = None) -> str:
+    if op is not None and op not in TABLE:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(TABLE)}")
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
+    if op is not None and name != "auto" and name not in [row.name for row in TABLE[op]]:
+        rows = ", ".join(row.name for row in TABLE[op])
+        raise ValueError(f"{op} has no backend {name!r}; it has {rows}")
+    return name
+
+
+def parse(text: str) -> dict[str, str]:
+    """FASTVIT_BACKEND's value as {op: backend}, "*" standing for every op.
+
+    Raises:
+        ValueError: for an unknown op or backend.
+    """
+    requested = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        op, equals, name = part.rpartition("=")
+        requested[op.strip() if equals else "*"] = _check(name.strip(), op.strip() if equals else None)
+    return requested
+
+
+try:
+    _environment = parse(os.environ.get("FASTVIT_BACKEND", ""))
+except ValueError as error:
+    raise ValueError(f"FASTVIT_BACKEND: {error}") from None
+_disabled = os.environ.get("FASTVIT_DISABLE", "0") not in ("", "0")
+
+# A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
+_stack: list[dict[str, str]] = []
+_said: set[tuple[str, str, str]] = set()
+
+
+class use_backend(ContextDecorator):
+    """Choose the backend inside a ``with`` block, for every op or per op.
+
+        with fastvit.use_backend("reference"): ...
+        with fastvit.use_backend(attention="triton"): ...
+
+    A backend named here never falls back: where it cannot run, the op raises ``BackendUnavailable``
+    with the reason. Ops that have no backend of that name resolve as "auto". The setting holds for the
+    whole process, not for one thread.
+
+    Raises:
+        ValueError: for an unknown op or backend.
+    """
+
+    def __init__(self, name: str | None = None, **per_op: str) -> None:
+        self.requested = {op: _check(backend, op) for op, backend in per_op.items()}
+        if name is not None:
+            self.requested["*"] = _check(name)
+
+    def __enter__(self) -> Self:
+        _stack.append(self.requested)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        _stack.pop()
+
+
+def requested(op: str) -> str:
+    """The backend that the innermost ``use_backend``, else the environment, names for this op."""
+    for frame in (*reversed(_stack), _environment):
+        name = frame.get(op) or frame.get("*")
+        if name is not None:
+            return name if name in [row.name for row in TABLE[op]] else "auto"
+    return "auto"
+
+
+def resolve(op: str, *args, **kwargs) -> str:
+    """The name of the backend that this call of the op runs on.
+
+    Raises:
+        BackendUnavailable: if a backend was named and cannot run here.
+    """
+    name = requested(op)
+    if _disabled:
+        if name not in ("auto", "reference"):
+            raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
+        return "reference"
+    for row in TABLE[op]:
+        if name not in ("auto", row.name):
+            continue
+        reason = row.can_run(*args, **kwargs)
+        if reason is None:
+            return row.name
+        if name != "auto":
+            raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
+        _say_once(op, row.name, reason)
+    raise AssertionError(f"{op}: its table has no row that always runs")
+
+
+def _say_once(op: str, name: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (op, name, reason) in _said:
+        return
+    _said.add((op, name, reason))
+    logger.info("%s: not %s: %s", op, name, reason)
+
+
+def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
+    """Rows (op, the backend a call would run on here, why) for people: `fastvit info` and the demo."""
+    rows = []
+    for op, table in TABLE.items():
+        try:
+            chosen = resolve(op, *args, **kwargs)
+        except BackendUnavailable as error:
+            rows.append((op, "unavailable", str(error)))
+            continue
+        if requested(op) != "auto":
+            why = "asked for by name"
+        elif _disabled:
+            why = "FASTVIT_DISABLE is set"
+        else:
+            before = table[: [row.name for row in table].index(chosen)]
+            reasons = [f"not {row.name}: {row.can_run(*args, **kwargs)}" for row in before]
+            why = "; ".join(reasons) or "first in the table"
+        rows.append((op, chosen, why))
+    return rows

@@ -1,0 +1,169 @@
+"""attention: exact softmax attention on the packed QKV projection, in one op."""
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import backends
+from ..reference import attention as reference
+from ..reference.rotary import ROPE_LAYOUTS
+from . import checks
+
+
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    qk_norm: str | None = None,
+    q_norm_weight: Tensor | None = None,
+    q_norm_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    k_norm_bias: Tensor | None = None,
+    qk_norm_eps: float = 1e-6,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    rope_layout: str = "half",
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v for every head; norm, then rotation, of q and k come first.
+
+    Args:
+        qkv: [B, N, 3 * H * d], floating, in the order (3, H, d) that a fused projection gives.
+        num_heads: H.
+        scale: defaults to d ** -0.5.
+        attn_mask: bool (True takes part) or additive floating; [N, N], or up to [B, H, N, N].
+        key_mask: bool [B, N], True takes part.
+        is_causal: token i sees tokens 0..i; not together with attn_mask.
+        dropout_p: probability of dropping an attention weight; the caller passes 0 in evaluation.
+        qk_norm: "layer_norm", "rms_norm" or None: q and k are normalised over d.
+        q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [d] or None.
+        qk_norm_eps: of both.
+        rope_cos, rope_sin: [N - P, d], or up to [B, H, N - P, d], both or neither: rotary positions.
+        rope_layout: "half" (channel i with i + d/2) or "interleaved" (2i with 2i + 1).
+        num_prefix_tokens: P, leading tokens that are not rotated.
+
+    Returns:
+        [B, N, H * d], contiguous, the layout that the output projection reads. A row whose every key is
+        masked gives zeros, as torch's fused op does.
+
+    Raises:
+        ValueError: for a wrong rank, shape or device, heads that do not divide the width, options that
+            exclude each other.
+        TypeError: for a wrong or mixed dtype.
+        BackendUnavailable: if a backend was named and cannot run.
+
+    Source: arXiv 1706.03762; q/k norm arXiv 2302.05442; rotary positions arXiv 2104.09864.
+    """
+    tensors = {
+        "attn_mask": attn_mask,
+        "key_mask": key_mask,
+        "q_norm_weight": q_norm_weight,
+        "q_norm_bias": q_norm_bias,
+        "k_norm_weight": k_norm_weight,
+        "k_norm_bias": k_norm_bias,
+        "rope_cos": rope_cos,
+        "rope_sin": rope_sin,
+    }
+    options = {
+        "is_causal": is_causal,
+        "dropout_p": dropout_p,
+        "qk_norm": qk_norm,
+        "qk_norm_eps": qk_norm_eps,
+        "rope_layout": rope_layout,
+        "num_prefix_tokens": num_prefix_tokens,
+    }
+    if has_torch_function((qkv, *tensors.values())):
+        everything = (qkv, *tensors.values())
+        return handle_torch_function(attention, everything, qkv, num_heads, scale, **tensors, **options)
+    head_dim = _check_packing(qkv, num_heads)
+    _check_masks(qkv, num_heads, attn_mask, key_mask, is_causal)
+    _check_heads(qkv, head_dim, tensors, options)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
+    backends.resolve("attention", q, k, v, scale=scale, **tensors, **options)
+    return reference(q, k, v, scale=scale, **tensors, **options)
+
+
+def _check_packing(qkv: Tensor, num_heads: int) -> int:
+    checks.rank("attention", "qkv", qkv, "B N 3*H*d")
+    checks.floating("attention", "qkv", qkv)
+    width = qkv.shape[-1]
+    if num_heads < 1 or width % (3 * num_heads) or not width:
+        raise ValueError(
+            f"attention: {num_heads} heads do not divide qkv's width {width}; it must be 3 * heads * head_dim"
+        )
+    return width // (3 * num_heads)
+
+
+def _check_masks(
+    qkv: Tensor, num_heads: int, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool
+) -> None:
+    batch, tokens, _ = qkv.shape
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError(
+                "attention: is_causal and attn_mask exclude each other; put the triangle in attn_mask"
+            )
+        full = (batch, num_heads, tokens, tokens)
+        if attn_mask.ndim < 2 or not _broadcasts(attn_mask, full):
+            raise ValueError(
+                f"attention: attn_mask must be [N, N] = {list(full[2:])}, or up to [B, H, N, N] = "
+                f"{list(full)}; its shape is {list(attn_mask.shape)}"
+            )
+        if attn_mask.dtype.is_floating_point:
+            checks.like("attention", "qkv", qkv, {"attn_mask": attn_mask})
+        elif attn_mask.dtype != torch.bool:
+            raise TypeError(f"attention: attn_mask must be bool or floating point; it is {attn_mask.dtype}")
+    if key_mask is not None:
+        checks.shape("attention", "key_mask", key_mask, (batch, tokens))
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"attention: key_mask must be bool; it is {key_mask.dtype}")
+    checks.device("attention", "qkv", qkv, {"attn_mask": attn_mask, "key_mask": key_mask})
+
+
+def _broadcasts(tensor: Tensor, full: tuple[int, ...]) -> bool:
+    given = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
+    return len(given) == len(full) and all(have in (1, want) for have, want in zip(given, full, strict=True))
+
+
+def _check_heads(qkv: Tensor, head_dim: int, tensors: dict, options: dict) -> None:
+    norms = {name: tensor for name, tensor in tensors.items() if "_norm_" in name}
+    for name, tensor in norms.items():
+        if tensor is not None and options["qk_norm"] is None:
+            raise ValueError(f"attention: {name} is given, but qk_norm is None; name the norm")
+        checks.shape("attention", name, tensor, (head_dim,))
+    if options["qk_norm"] is not None:
+        biases = {name: norms[name] for name in ("q_norm_bias", "k_norm_bias")}
+        checks.norm("attention", "qk_norm", options["qk_norm"], biases)
+    checks.like("attention", "qkv", qkv, norms)
+    _check_rotary(qkv, head_dim, tensors, options)
+
+
+def _check_rotary(qkv: Tensor, head_dim: int, tensors: dict, options: dict) -> None:
+    if options["rope_layout"] not in ROPE_LAYOUTS:
+        known = ", ".join(ROPE_LAYOUTS)
+        raise ValueError(f"attention: rope_layout is {options['rope_layout']!r}; it must be one of {known}")
+    batch, tokens, width = qkv.shape
+    prefix = options["num_prefix_tokens"]
+    if not 0 <= prefix <= tokens:
+        raise ValueError(f"attention: num_prefix_tokens is {prefix}; it must be 0 to N = {tokens}")
+    cos, sin = tensors["rope_cos"], tensors["rope_sin"]
+    if (cos is None) != (sin is None):
+        raise ValueError("attention: rope_cos and rope_sin go together; one of them is None")
+    if cos is None:
+        return
+    if head_dim % 2:
+        raise ValueError(f"attention: rotary positions need an even head_dim; it is {head_dim}")
+    full = (batch, width // (3 * head_dim), tokens - prefix, head_dim)
+    for name, table in (("rope_cos", cos), ("rope_sin", sin)):
+        if tuple(table.shape[-2:]) != full[-2:] or not _broadcasts(table, full):
+            raise ValueError(
+                f"attention: {name} must be [N - P, d] = {list(full[2:])}, or up to [B, H, N - P, d] = "
+                f"{list(full)}; its shape is {list(table.shape)}"
+            )
+        checks.floating("attention", name, table)
+    checks.device("attention", "qkv", qkv, {"rope_cos": cos, "rope_sin": sin})

@@ -1,0 +1,57 @@
+"""layer_norm_linear: norm1 and the QKV projection, in one op."""
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import backends
+from ..reference import layer_norm_linear as reference
+from . import checks
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "layer_norm",
+) -> Tensor:
+    """linear(norm(x)).
+
+    Args:
+        x: [B, N, D], floating, any strides.
+        norm_weight, norm_bias: [D] or None; norm_bias is None for "rms_norm".
+        weight: [O, D], Linear's layout.
+        bias: [O] or None.
+        eps: of the norm.
+        norm: "layer_norm" or "rms_norm".
+
+    Returns:
+        [B, N, O], contiguous.
+
+    Raises:
+        ValueError: for a wrong rank, shape, device or norm.
+        TypeError: for a wrong or mixed dtype.
+        BackendUnavailable: if a backend was named and cannot run.
+
+    Source: LayerNorm arXiv 1607.06450, RMSNorm arXiv 1910.07467.
+    """
+    tensors = (x, norm_weight, norm_bias, weight, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
+    op = "layer_norm_linear"
+    checks.rank(op, "x", x, "B N D")
+    checks.floating(op, "x", x)
+    checks.rank(op, "weight", weight, "O D")
+    dim = x.shape[-1]
+    checks.shape(op, "weight", weight, (weight.shape[0], dim))
+    checks.shape(op, "norm_weight", norm_weight, (dim,))
+    checks.shape(op, "norm_bias", norm_bias, (dim,))
+    checks.shape(op, "bias", bias, (weight.shape[0],))
+    checks.norm(op, "norm", norm, {"norm_bias": norm_bias})
+    alike = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
+    checks.like(op, "x", x, alike)
+    backends.resolve(op, *tensors, eps=eps, norm=norm)
+    return reference(*tensors, eps=eps, norm=norm)

@@ -1,0 +1,57 @@
+"""linear_residual: the output projection with LayerScale, stochastic depth and the residual, in one op."""
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import backends
+from ..reference import linear_residual as reference
+from . import checks
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    layer_scale: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+) -> Tensor:
+    """residual + sample_scale * layer_scale * linear(x).
+
+    Args:
+        x: [B, N, K], floating, any strides.
+        weight: [D, K], Linear's layout.
+        bias: [D] or None.
+        residual: [B, N, D].
+        layer_scale: [D] or None.
+        sample_scale: [B] or None, one factor a sample (stochastic depth).
+
+    Returns:
+        [B, N, D], contiguous.
+
+    Raises:
+        ValueError: for a wrong rank, shape or device.
+        TypeError: for a wrong or mixed dtype.
+        BackendUnavailable: if a backend was named and cannot run.
+
+    Source: LayerScale arXiv 2103.17239, stochastic depth arXiv 1603.09382.
+    """
+    tensors = (x, weight, bias, residual, layer_scale, sample_scale)
+    scales = {"layer_scale": layer_scale, "sample_scale": sample_scale}
+    if has_torch_function(tensors):
+        return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales)
+    op = "linear_residual"
+    checks.rank(op, "x", x, "B N K")
+    checks.floating(op, "x", x)
+    checks.rank(op, "weight", weight, "D K")
+    batch, tokens, in_features = x.shape
+    dim = weight.shape[0]
+    checks.shape(op, "weight", weight, (dim, in_features))
+    checks.shape(op, "bias", bias, (dim,))
+    checks.shape(op, "residual", residual, (batch, tokens, dim))
+    checks.shape(op, "layer_scale", layer_scale, (dim,))
+    checks.shape(op, "sample_scale", sample_scale, (batch,))
+    checks.like(op, "x", x, {"weight": weight, "bias": bias, "residual": residual, **scales})
+    backends.resolve(op, *tensors[:4], **scales)
+    return reference(*tensors[:4], **scales)

@@ -1,0 +1,100 @@
+"""patch_embed: images to tokens, in one op."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import backends
+from ..reference import patch_embed as reference
+from . import checks
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+) -> Tensor:
+    """Project non-overlapping patches and write them, with positions, behind the prefix tokens.
+
+    Args:
+        images: [B, C, H, W], NCHW or channels_last; floating (weight's dtype), or uint8, divided by 255.
+        weight: [D, C, ph, pw], Conv2d's layout.
+        bias: [D] or None.
+        pos_embed: [1, P + N, D] (the prefix tokens get positions too), [1, N, D] (patches only) or None.
+        prefix: [1, P, D], the class and register tokens, or None.
+        mean, std: [C] in 0..1 units, tensors or sequences, or None: images become (images - mean) / std.
+
+    Returns:
+        [B, P + N, D], contiguous, N = (H / ph) * (W / pw).
+
+    Raises:
+        ValueError: for a wrong rank, shape or device, or an image that is not a multiple of the patch.
+        TypeError: for a wrong or mixed dtype.
+        BackendUnavailable: if a backend was named and cannot run.
+
+    Source: arXiv 2010.11929, section 3.1; register tokens arXiv 2309.16588.
+    """
+    tensors = (images, weight, bias, pos_embed, prefix)
+    if has_torch_function(tensors):
+        return handle_torch_function(patch_embed, tensors, *tensors, mean=mean, std=std)
+    _check(images, weight, bias, pos_embed, prefix)
+    mean, std = (_per_channel(name, value, images, weight) for name, value in (("mean", mean), ("std", std)))
+    backends.resolve("patch_embed", *tensors, mean=mean, std=std)
+    return reference(*tensors, mean=mean, std=std)
+
+
+def _check(
+    images: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None
+) -> None:
+    op = "patch_embed"
+    checks.rank(op, "images", images, "B C H W")
+    checks.rank(op, "weight", weight, "D C ph pw")
+    channels, height, width = images.shape[1:]
+    dim, in_channels, ph, pw = weight.shape
+    if channels != in_channels:
+        raise ValueError(f"{op}: images have {channels} channels; the weight takes {in_channels}")
+    if not (height and width and ph and pw) or height % ph or width % pw:
+        raise ValueError(
+            f"{op}: images are {height}x{width}, not a multiple of the patch, {ph}x{pw}; resize, crop or pad"
+        )
+    checks.floating(op, "weight", weight)
+    alike = {"bias": bias, "pos_embed": pos_embed, "prefix": prefix}
+    if images.dtype != torch.uint8:
+        checks.floating(op, "images (unless uint8)", images)
+        alike["images"] = images
+    elif images.device != weight.device:
+        raise ValueError(f"{op}: images are on {images.device}, but weight is on {weight.device}")
+    checks.like(op, "weight", weight, alike)
+    checks.shape(op, "bias", bias, (dim,))
+    num_prefix = 0
+    if prefix is not None:
+        checks.rank(op, "prefix", prefix, "1 P D")
+        num_prefix = prefix.shape[1]
+        checks.shape(op, "prefix", prefix, (1, num_prefix, dim))
+    num_patches = (height // ph) * (width // pw)
+    fitting = (1, num_patches, dim), (1, num_prefix + num_patches, dim)
+    if pos_embed is not None and pos_embed.shape not in fitting:
+        raise ValueError(
+            f"{op}: pos_embed must have shape {list(fitting[0])} or {list(fitting[1])}, for {num_patches} "
+            f"patches and {num_prefix} prefix tokens; it has {list(pos_embed.shape)}"
+        )
+
+
+def _per_channel(
+    name: str, value: Tensor | Sequence[float] | None, images: Tensor, weight: Tensor
+) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        value = torch.as_tensor(value, dtype=wide, device=images.device)
+    checks.device("patch_embed", "images", images, {name: value})
+    checks.shape("patch_embed", name, value, (images.shape[1],))
+    return value

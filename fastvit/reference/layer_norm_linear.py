@@ -1,0 +1,33 @@
+"""The first half of attention: norm1 and the QKV projection."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .normalization import normalize
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "layer_norm",
+) -> Tensor:
+    """linear(norm(x)).
+
+    Args:
+        x: [B, N, D], floating.
+        norm_weight: [D] or None.
+        norm_bias: [D] or None; None for ``rms_norm``.
+        weight: [O, D], Linear's layout.
+        bias: [O] or None.
+        eps: added to the variance (``layer_norm``) or the mean square (``rms_norm``).
+        norm: "layer_norm" (arXiv 1607.06450) or "rms_norm" (arXiv 1910.07467).
+
+    Returns:
+        [B, N, O].
+    """
+    return F.linear(normalize(x, norm_weight, norm_bias, eps, norm), weight, bias)
