@@ -1,0 +1,58 @@
+"""Activation modules by name, and the name of an activation module."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reference.activations import quick_gelu
+from .plain import is_plain
+
+
+class GELUTanh(nn.Module):
+    """GELU by the tanh approximation (arXiv 1606.08415), as SigLIP's larger towers were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), as OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
+ACT_LAYERS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "relu": nn.ReLU,
+}
+
+
+def get_act_layer(act_layer: str | Callable[..., nn.Module] | None) -> Callable[..., nn.Module] | None:
+    """An activation's class from its name; classes pass through.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if act_layer is None or act_layer == "":
+        return None
+    if not isinstance(act_layer, str):
+        return act_layer
+    if act_layer not in ACT_LAYERS:
+        raise ValueError(f"unknown act_layer {act_layer!r}; it must be one of {', '.join(ACT_LAYERS)}, or a class")
+    return ACT_LAYERS[act_layer]
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The ops' name for the activation, or None if only its own forward knows."""
+    if is_plain(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    for name, layer in ACT_LAYERS.items():
+        if is_plain(module, layer):
+            return name
+    return None

@@ -1,0 +1,81 @@
+"""Multi-head self-attention with timm's arguments and parameter names."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .norm import norm_arguments
+from .plain import is_identity
+
+
+class Attention(nn.Module):
+    """QKV projection, attention, output projection; q/k norm and a norm before the projection as options."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if attn_head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
+            attn_head_dim = dim // num_heads
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer")
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim
+        self.attn_dim = num_heads * attn_head_dim
+        self.scale = attn_head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
+        self.q_norm = norm_layer(attn_head_dim, **dd) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(attn_head_dim, **dd) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(self.attn_dim, **dd) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, N, D] to [B, N, D]; attn_mask as torch's scaled_dot_product_attention takes it."""
+        x = self.attend(self.qkv(x), attn_mask, is_causal)
+        return self.proj_drop(self.proj(x))
+
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """What lies between the projections: packed [B, N, 3 * H * d] to [B, N, H * d]."""
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        common = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": self.scale}
+        qk_norm = self._qk_norm_arguments()
+        if qk_norm is not None:
+            return self.norm(ops.attention(qkv, self.num_heads, **common, **qk_norm))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, **common)
+        return self.norm(x.transpose(1, 2).flatten(2))
+
+    def _qk_norm_arguments(self) -> dict | None:
+        if is_identity(self.q_norm) and is_identity(self.k_norm):
+            return {}
+        q, k = norm_arguments(self.q_norm), norm_arguments(self.k_norm)
+        if q is None or k is None or (q.norm, q.eps) != (k.norm, k.eps):
+            return None
+        return {
+            "qk_norm": q.norm,
+            "qk_norm_eps": q.eps,
+            "q_norm_weight": q.weight,
+            "q_norm_bias": q.bias,
+            "k_norm_weight": k.weight,
+            "k_norm_bias": k.bias,
+        }

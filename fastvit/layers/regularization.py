@@ -1,0 +1,69 @@
+"""LayerScale, stochastic depth and patch dropout."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerScale(nn.Module):
+    """x * gamma, one learned factor a channel (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, inplace: bool = False, device=None, dtype=None) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.inplace = inplace
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, one draw a sample (arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def sample_scale(self, x: Tensor) -> Tensor | None:
+        """[B]: 0 for a dropped sample, 1 / keep probability for a kept one; None where nothing is dropped."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_prob
+        scale = x.new_empty(x.shape[0]).bernoulli_(keep)
+        return scale.div_(keep) if self.scale_by_keep and keep > 0.0 else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.sample_scale(x)
+        return x if scale is None else x * scale.view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class PatchDropout(nn.Module):
+    """Train on a random subset of the patch tokens; prefix tokens stay (arXiv 2212.00794)."""
+
+    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1, ordered: bool = False) -> None:
+        super().__init__()
+        if not 0.0 <= prob < 1.0:
+            raise ValueError(f"patch_drop_rate is {prob}; it must be at least 0 and below 1")
+        self.prob = prob
+        self.num_prefix_tokens = num_prefix_tokens
+        self.ordered = ordered
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.prob == 0.0:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        batch, num_patches, dim = patches.shape
+        num_kept = max(1, int(num_patches * (1.0 - self.prob)))
+        kept = torch.randn(batch, num_patches, device=x.device).argsort(dim=-1)[:, :num_kept]
+        if self.ordered:
+            kept = kept.sort(dim=-1).values
+        patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, dim))
+        return torch.cat([prefix, patches], dim=1)

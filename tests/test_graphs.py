@@ -1,0 +1,85 @@
+"""torch.compile, torch.export and torch.fx take the whole model: one graph, ops as leaves, any batch."""
+
+import pytest
+import torch
+from torch.fx import symbolic_trace
+
+import fastvit
+from fastvit import VisionTransformer
+from fastvit.verification import randomize
+
+ARGUMENTS = [
+    {},
+    {"init_values": 0.1, "qk_norm": True, "reg_tokens": 2, "no_embed_class": True},
+    {"global_pool": "map", "class_token": False, "norm_layer": "rmsnorm"},
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+]
+
+
+def model(**arguments) -> VisionTransformer:
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return randomize(VisionTransformer(**tiny | arguments)).eval()
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_compile_is_one_graph_forward_and_backward(arguments):
+    torch._dynamo.reset()
+    vit, x = model(**arguments), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), vit(x))
+    grads = [torch.autograd.grad(f(x).square().sum(), list(vit.parameters())) for f in (compiled, vit)]
+    torch.testing.assert_close(*grads)
+
+
+def test_compile_in_training_with_stochastic_depth():
+    torch._dynamo.reset()
+    compiled = torch.compile(model(drop_path_rate=0.5).train(), fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(4, 3, 32, 32)).sum().backward()
+
+
+def test_compile_does_not_recompile_over_a_batch_sweep():
+    torch._dynamo.reset()
+    compiled = torch.compile(model(), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(torch.randn(2, 3, 32, 32))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 5, 8, 64):
+            assert compiled(torch.randn(batch, 3, 32, 32)).shape == (batch, 5)
+
+
+def test_compile_follows_use_backend():
+    torch._dynamo.reset()
+    compiled = torch.compile(model(), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 3, 32, 32)
+    expected = compiled(x)
+    with fastvit.use_backend("reference"):
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_export_with_a_dynamic_batch(arguments):
+    vit, x = model(**arguments), torch.randn(2, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(vit, (x,), dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(7, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), vit(x))
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_fx_sees_ops_as_leaves(arguments):
+    vit, x = model(**arguments), torch.randn(2, 3, 32, 32)
+    traced = symbolic_trace(vit)
+    torch.testing.assert_close(traced(x), vit(x))
+    leaves = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
+    assert leaves.count("patch_embed") == 1
+    per_block = 2 * len(vit.blocks)
+    assert sum(leaves.count(op) for op in ("layer_norm_linear", "attention")) == per_block
+    assert leaves.count("linear_residual") == len(vit.blocks)
+    assert leaves.count("layer_norm_mlp") == len(vit.blocks) + (vit.attn_pool is not None)
+
+
+def test_fx_graph_is_retraceable_and_pickles(tmp_path):
+    vit, x = model(), torch.randn(1, 3, 32, 32)
+    traced = symbolic_trace(symbolic_trace(vit))
+    torch.save(traced, tmp_path / "traced.pt")
+    loaded = torch.load(tmp_path / "traced.pt", weights_only=False)  # our own file
+    torch.testing.assert_close(loaded(x), vit(x))
