@@ -96,17 +96,18 @@ def _describe(path: Path) -> str:
 def _read(path: Path) -> object:
     with path.open("rb") as file:
         head = file.read(9)
-    zipped = head.startswith(b"PK\x03\x04")
-    if not zipped and (head[8:] == b"{" or path.suffix == ".safetensors"):
-        return safetensors.torch.load_file(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise CheckpointError(
-                f"is refused: torch.save does not compress, and it unpacks to {unpacked} bytes"
-            )
-    return torch.load(path, map_location="cpu", weights_only=True)
+        zipped = head.startswith(b"PK\x03\x04")
+        if not zipped and (head[8:] == b"{" or path.suffix == ".safetensors"):
+            return safetensors.torch.load_file(path)
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise CheckpointError(
+                    f"is refused: torch.save does not compress, and it unpacks to {unpacked} bytes"
+                )
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)  # by name, it would go by the suffix
 
 
 def _unwrap(held: object, where: str) -> dict:
