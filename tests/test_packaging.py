@@ -1,0 +1,157 @@
+"""What installs, and what setup.py does on a machine that lacks something."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+import fastvit
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
+def canonical(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_version_is_written_once():
+    assert importlib.metadata.version("fastvit") == fastvit.__version__
+    assert PROJECT["project"]["dynamic"] == ["version"]
+
+
+def test_torch_has_a_floor_and_no_ceiling():
+    assert [name for name in PROJECT["project"]["dependencies"] if name.startswith("torch")] == [
+        "torch>=2.11"
+    ]
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+
+
+def test_everything_asked_for_is_pinned():
+    asked = {canonical(name) for name in sum(EXTRAS.values(), PROJECT["project"]["dependencies"])}
+    assert asked - {"fastvit"} <= {canonical(name) for name in PINS}
+
+
+def test_dev_holds_the_other_extras():
+    named = set(re.match(r"fastvit\[(.*)\]", EXTRAS["dev"][0])[1].split(","))
+    assert named == set(EXTRAS) - {"dev"}
+
+
+def test_one_version_of_ruff():
+    assert PROJECT["tool"]["ruff"]["required-version"] == f"=={PINS['ruff']}"
+    assert f"ruff=={PINS['ruff']}" in EXTRAS["dev"]
+
+
+def test_pins_leave_torchs_own_to_torch():
+    assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-"))]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The least that setup.py needs."""
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "csrc", "LICENSE", "Makefile"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for name in ("fastvit", "kernels"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / name / "__init__.py", tmp_path / name)
+    (tmp_path / "kernels" / "tiles").mkdir()
+    (tmp_path / "kernels" / "tiles" / "sm_80.json").write_text("{}")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def setup(tree, *arguments, **environment):
+    """Runs setup.py as a pip install would; returns exit status and what it says of itself."""
+    environment = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", *arguments]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_no_compiler_is_one_line_and_no_failure(tree):
+    code, said = setup(tree, "build", PATH=str(tree / "empty"), CXX=None, PYTHONDONTWRITEBYTECODE=None)
+    assert code == 0, said
+    (line,) = said.splitlines()
+    assert line.startswith(
+        "fastvit._C is not built: no C++ compiler was found at install time (looked for c++"
+    )
+    (note,) = tree.glob("build/lib*/fastvit/_C.missing")
+    assert note.read_text() == said
+    assert list(tree.glob("build/lib*/fastvit_kernels/tiles/sm_80.json"))
+
+
+def test_a_compile_error_is_one_line_and_no_failure(tree):
+    (tree / "csrc" / "bindings.cpp").write_text("#error out of order\n#error and again\n")
+    code, said = setup(tree, "build_ext", "--inplace")
+    if "no C++ compiler" in said:
+        pytest.skip("no C++ compiler")
+    assert code == 0
+    assert re.fullmatch(r"fastvit\._C is not built: \S+ failed at install time: .*out of order.*\n", said)
+    assert (tree / "fastvit" / "_C.missing").read_text() == said
+
+
+def test_a_failed_build_leaves_no_older_library(tree):
+    (tree / "fastvit" / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    setup(tree, "build_ext", "--inplace", CXX="absent")
+    assert sorted(path.name for path in (tree / "fastvit").iterdir()) == ["_C.missing", "__init__.py"]
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "AUTO", " 1"])
+def test_a_bad_cuda_choice_is_one_line(tree, value):
+    assert setup(tree, "egg_info", FASTVIT_CUDA=value) == (
+        1,
+        f"FASTVIT_CUDA must be auto, 0 or 1, not {value!r}\n",
+    )
+
+
+def test_cuda_without_nvcc_fails_hard_and_only_when_asked_for(tree):
+    bare = {"PATH": str(tree / "empty"), "CUDA_HOME": str(tree)}
+    code, said = setup(tree, "egg_info", FASTVIT_CUDA="1", **bare)
+    assert code == 1
+    assert said == "FASTVIT_CUDA=1 needs nvcc, which was found neither on PATH nor in CUDA_HOME/bin\n"
+    for choice in ("0", "auto", ""):
+        assert setup(tree, "egg_info", FASTVIT_CUDA=choice, **bare) == (0, "")
+
+
+def test_metadata_needs_neither_torch_nor_pybind11(tree):
+    for name in ("torch", "pybind11"):
+        (tree / "empty" / f"{name}.py").write_text("raise AssertionError('imported')")
+    assert setup(tree, "egg_info", PYTHONPATH=str(tree / "empty")) == (0, "")
+    assert f"Version: {fastvit.__version__}" in (tree / "fastvit.egg-info" / "PKG-INFO").read_text()
+
+
+def make(tree, *arguments, **environment):
+    if not (tool := shutil.which("make")):
+        pytest.skip("no make")
+    environment = os.environ | {"MAKEFLAGS": ""} | environment
+    done = subprocess.run(
+        [tool, *arguments], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_make_without_a_new_enough_python_is_one_line(tree):
+    (tree / "empty" / "sh").symlink_to(shutil.which("sh"))
+    code, said = make(tree, PATH=str(tree / "empty"), PYTHON="python2.7")
+    assert code == 2
+    assert re.fullmatch(r"Makefile:\d+: \*\*\* fastvit needs Python 3\.11 or newer: .*\n", said)
+
+
+def test_a_second_make_does_nothing(tree):
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    (tree / ".venv" / "bin" / "python").touch()
+    (tree / ".venv" / ".stamp").touch()
+    assert make(tree) == (0, "make: Nothing to be done for 'setup'.\n")
+    os.utime(tree / "csrc" / "bindings.cpp", (2**33, 2**33))
+    assert "pip" in make(tree, "--dry-run")[1]
