@@ -1,0 +1,107 @@
+"""Interleaved timing: every provider runs once a round, so that drifting clocks hit them all alike."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from .machine import Machine, machine
+from .rows import Row, load, save
+from .timing import Timing
+
+__all__ = ["Machine", "Row", "Timing", "load", "machine", "measure", "ratios", "rotating", "save"]
+
+Call = Callable[[], object]
+# Written between two timed calls: larger than any L2, and long enough for the host to get ahead of the GPU.
+_FLUSH_BYTES = 256 << 20
+
+
+def measure(
+    providers: dict[str, Call],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    min_seconds: float = 0.0,
+    device: str | torch.device = "cpu",
+    sync: Call | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Call | None = None,
+) -> dict[str, Timing]:
+    """Time the providers in interleaved rounds: A B C, A B C, ...
+
+    Args:
+        providers: calls without arguments, by name; see `rotating` for several input sets.
+        rounds: at least so many rounds.
+        warmup: rounds that are run first and not kept. Compile before, they are not meant for that.
+        min_seconds: go on until the timed calls of all providers add up to this.
+        device: on "cuda" each call is timed by events, with a cold L2 and its launches already queued.
+        sync: times by `clock` instead, with this call (torch.cuda.synchronize, say) around every sample.
+        clock: seconds; a test gives its own.
+        on_round: called after each round, warm-up included (a progress bar's tick).
+    """
+    if not providers or rounds < 1 or warmup < 0:
+        counts = f"{len(providers)} providers, {rounds} rounds, {warmup} warm-up rounds"
+        raise ValueError(f"nothing to measure: {counts}")
+    events = torch.device(device).type == "cuda" and sync is None
+    sample = _event_sampler(device) if events else _clock_sampler(clock, sync)
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    spent = 0.0
+    for index in itertools.count(-warmup):
+        if index >= rounds and spent >= 1e3 * min_seconds:
+            break
+        for name, call in providers.items():
+            elapsed = sample(call)
+            if index >= 0:
+                samples[name].append(elapsed)
+                spent += elapsed
+        if on_round is not None:
+            on_round()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def ratios(timings: dict[str, Timing], baseline: str) -> dict[str, float]:
+    """How many times faster than the baseline: the median over rounds of baseline / provider.
+
+    Raises:
+        ValueError: the baseline was not measured.
+    """
+    if baseline not in timings:
+        raise ValueError(f"no baseline {baseline!r}; measured were {', '.join(timings)}")
+    base = timings[baseline].samples
+    return {name: median(b / s for b, s in zip(base, t.samples, strict=True)) for name, t in timings.items()}
+
+
+def rotating(function: Callable[..., object], inputs: Sequence[object]) -> Call:
+    """A call that feeds the inputs in turn, so that what is measured is not the cache."""
+    turn = itertools.cycle(inputs)
+    return lambda: function(next(turn))
+
+
+def _clock_sampler(clock: Callable[[], float], sync: Call | None) -> Callable[[Call], float]:
+    def sample(call: Call) -> float:
+        if sync is not None:
+            sync()
+        start = clock()
+        call()
+        if sync is not None:
+            sync()
+        return 1e3 * (clock() - start)
+
+    return sample
+
+
+def _event_sampler(device: str | torch.device) -> Callable[[Call], float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(call: Call) -> float:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return sample

@@ -1,0 +1,108 @@
+"""Result rows: one JSON list per file under benchmarks/results/<gpu or cpu>/."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, Self
+
+from .machine import Machine
+from .timing import Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider's number with all it needs to be believed; what was not measured is None."""
+
+    op: str
+    provider: str
+    direction: Literal["fwd", "bwd", "step"]
+    dtype: str
+    shape: tuple[int, ...]
+    batch: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    tflops: float | None
+    gbps: float | None
+    roofline_pct: float | None
+    peak_mb: float | None
+    error_ratio: float | None
+    ok: bool
+    gpu: str | None
+    driver: str | None
+    torch: str
+    triton: str | None
+    commit: str | None
+    date: str
+
+    @classmethod
+    def of(
+        cls,
+        timing: Timing,
+        machine: Machine,
+        *,
+        op: str,
+        provider: str,
+        dtype: str,
+        shape: Iterable[int],
+        batch: int,
+        ok: bool,
+        direction: Literal["fwd", "bwd", "step"] = "fwd",
+        flops: float | None = None,
+        bytes_moved: float | None = None,
+        peak_tflops: float | None = None,
+        peak_gbps: float | None = None,
+        peak_mb: float | None = None,
+        error_ratio: float | None = None,
+    ) -> Self:
+        """A row from a timing.
+
+        Args:
+            flops, bytes_moved: of one call.
+            peak_tflops, peak_gbps: the roofline measured on the same card.
+            peak_mb: the most memory the call held.
+            error_ratio: its error against the oracle over that of torch's own op.
+        """
+        tflops = flops / timing.p50 / 1e9 if flops is not None else None
+        gbps = bytes_moved / timing.p50 / 1e6 if bytes_moved is not None else None
+        shares = [got / peak for got, peak in ((tflops, peak_tflops), (gbps, peak_gbps)) if got and peak]
+        return cls(
+            op=op,
+            provider=provider,
+            direction=direction,
+            dtype=dtype,
+            shape=tuple(shape),
+            batch=batch,
+            ms_p20=timing.p20,
+            ms_p50=timing.p50,
+            ms_p80=timing.p80,
+            tflops=tflops,
+            gbps=gbps,
+            roofline_pct=100 * max(shares) if shares else None,
+            peak_mb=peak_mb,
+            error_ratio=error_ratio,
+            ok=ok,
+            gpu=machine.gpu,
+            driver=machine.driver,
+            torch=machine.torch,
+            triton=machine.triton,
+            commit=machine.commit,
+            date=machine.date,
+        )
+
+
+def save(rows: Iterable[Row], path: str | Path) -> None:
+    """Write the rows as one JSON list, one row a line so that a diff reads well."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    Path(path).write_text(f"[\n{lines}\n]\n")
+
+
+def load(path: str | Path) -> list[Row]:
+    """The rows of a file that `save` wrote."""
+    names = {field.name for field in fields(Row)}
+    rows = json.loads(Path(path).read_text())
+    if unknown := {key for row in rows for key in row} - names:
+        raise ValueError(f"{path} has fields that rows do not: {', '.join(sorted(unknown))}")
+    return [Row(**row | {"shape": tuple(row["shape"])}) for row in rows]
