@@ -1,0 +1,109 @@
+"""The command line: thin commands over the library. A failure is one clear line and a non-zero exit."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import FastvitError
+
+app = typer.Typer(
+    help="A drop-in faster Vision Transformer for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    """The dtypes in which a model can be verified."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1. Default: a GPU if there is one.")
+]
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """Show versions, the GPU, what is built, and which backend each op uses here and why."""
+    from .inspection import Inspection
+
+    inspection = Inspection.here()
+    if json:
+        typer.echo(inspection.to_json())
+    else:
+        _console().print(inspection)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="A variant's name, as in fastvit.list_models().")
+    ] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="Judge the five ops in every data regime.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; random ones if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="The model's dtype.")] = Dtype.float32,
+    backward: Annotated[bool, typer.Option(help="Judge the parameters' gradients too.")] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Check parity by the contract: of a model (against timm where it is installed), or of the ops."""
+    from .commands import verify_model_command, verify_ops_command
+
+    if ops == (model is not None):
+        raise typer.BadParameter("name a model, or pass --ops")
+    console = _console(stderr=json)
+    if ops:
+        report = verify_ops_command(console, device)
+    else:
+        report = verify_model_command(console, model, checkpoint, batch_size, dtype.value, backward, device)
+    if json:
+        typer.echo(report.to_json())
+    else:
+        console.print(report)
+    report.raise_if_failed()
+    console.print(f"{len(report.rows)} checks, all within the contract")
+
+
+@app.command()
+def demo(
+    photos: Annotated[
+        Path | None, typer.Option(help="A folder of images instead of the photos that ship.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+) -> None:
+    """Run DINOv2 ViT-S/14 on photos: parity, time per image, and a picture."""
+    from .demo.run import run
+
+    result = run(photos, output, console=_console())
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _console(stderr: bool = False):
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def main() -> None:
+    """Entry point: errors that fastvit raises on purpose are one line on stderr, without a traceback."""
+    try:
+        app()
+    except (FastvitError, ValueError, OSError, ImportError) as error:
+        sys.exit(f"fastvit: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("fastvit: interrupted")
+
+
+if __name__ == "__main__":
+    main()

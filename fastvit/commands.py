@@ -1,0 +1,97 @@
+"""The verify command's work: build what is to be judged, show progress, hand back the report."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from .contract import Report
+from .gemm_libraries import gemm_libraries
+from .variants import create_model
+from .verification import op_cases, randomize, verify, verify_op
+
+
+def verify_ops_command(console: Console, device: str | None) -> Report:
+    """Every op in every regime and dtype on one device."""
+    place = pick_device(device)
+    cases = op_cases()
+    report = Report()
+    with _progress(console, len(cases)) as step:
+        for case in cases:
+            step(str(case))
+            report.rows.append(verify_op(case, place))
+    return report
+
+
+def verify_model_command(
+    console: Console,
+    name: str,
+    checkpoint: Path | None,
+    batch_size: int,
+    dtype: str,
+    backward: bool,
+    device: str | None,
+) -> Report:
+    """A variant, by timm's own implementation of it where timm is installed, else by its own float64 copy."""
+    place = pick_device(device)
+    model = create_model(name, checkpoint)
+    if checkpoint is None:
+        randomize(model)
+        console.print(f"{name} with random weights (pass --checkpoint for real ones)")
+    model = model.to(place, getattr(torch, dtype)).eval()
+    oracle = _timm_twin(name, model)
+    if oracle is None:
+        console.print("timm is not installed: judged by the model's own float64 copy on torch's ops")
+    else:
+        console.print("judged by timm's implementation in float64")
+    images = torch.randn(batch_size, model.in_chans, *model.patch_embed.img_size, device=place)
+    images = images.to(getattr(torch, dtype))
+    with _progress(console, 2 + len(gemm_libraries(place))) as step:
+        return verify(model, images, backward=backward, oracle=oracle, on_step=step)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch does not know it, or cannot use it here.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; try cpu or cuda") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: torch sees no CUDA GPU here")
+    return place
+
+
+def _timm_twin(name: str, model: nn.Module) -> nn.Module | None:
+    """timm's model of the same name with the same weights, or None without timm."""
+    try:
+        import timm
+    except ImportError:
+        return None
+    size = model.patch_embed.img_size
+    twin = timm.create_model(name, num_classes=model.num_classes, img_size=size).eval()
+    parameter = next(model.parameters())
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin.to(parameter.device, parameter.dtype)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator:
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        started = False
+
+        def step(description: str) -> None:
+            nonlocal started
+            progress.update(task, description=description, advance=int(started))
+            started = True
+
+        yield step
