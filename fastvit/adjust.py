@@ -46,13 +46,17 @@ class Adjustable:
         """
         if global_pool is not None:
             if global_pool not in POOLS:
-                raise ValueError(f"global_pool is {global_pool!r}; it must be one of {', '.join(map(repr, POOLS))}")
+                raise ValueError(
+                    f"global_pool is {global_pool!r}; it must be one of {', '.join(map(repr, POOLS))}"
+                )
             if global_pool == "token" and not self.has_class_token:
                 raise ValueError("global_pool='token' needs the class token, which this model does not have")
             if global_pool not in ("map", "prr"):
                 self.attn_pool = None
             elif self.attn_pool is None or self.global_pool != global_pool:
-                raise ValueError(f"attention pooling {global_pool!r} can't be added later; construct the model with it")
+                raise ValueError(
+                    f"attention pooling {global_pool!r} can't be added later; construct the model with it"
+                )
             self.global_pool = global_pool
         self.num_classes = num_classes
         if num_classes > 0:
@@ -63,7 +67,7 @@ class Adjustable:
             self.head = nn.Identity()
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Another image size (positions are resized as ``pos_resize`` says) or patch size (FlexiViT's resampling)."""
+        """Another image size (positions resized as ``pos_resize`` says) or patch size (FlexiViT's resampling)."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:

@@ -32,17 +32,14 @@ def _always(*args, **kwargs) -> None:
     return None
 
 
-def _not_written(kernel: str) -> Callable[..., str]:
-    def can_run(*args, **kwargs) -> str:
-        return f"this version of fastvit has no {kernel} kernel for this op"
-
-    return can_run
+def _not_written(*args, **kwargs) -> str:
+    return "no kernel for this op in this version of fastvit"
 
 
 _REFERENCE = Backend("reference", _always)
-_TRITON = Backend("triton", _not_written("Triton"))
-_CUDA = Backend("cuda", _not_written("CUDA"))
-_CPP = Backend("cpp", _not_written("C++"))
+_TRITON = Backend("triton", _not_written)
+_CUDA = Backend("cuda", _not_written)
+_CPP = Backend("cpp", _not_written)
 
 TABLE: dict[str, tuple[Backend, ...]] = {
     "patch_embed": (_TRITON, _REFERENCE),
@@ -118,6 +115,8 @@ class use_backend(ContextDecorator):
 
 def requested(op: str) -> str:
     """The backend that the innermost ``use_backend``, else the environment, names for this op."""
+    if not _stack and not _environment:
+        return "auto"
     for frame in (*reversed(_stack), _environment):
         name = frame.get(op) or frame.get("*")
         if name is not None:
@@ -156,21 +155,27 @@ def _say_once(op: str, name: str, reason: str) -> None:
 
 
 def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
-    """Rows (op, the backend a call would run on here, why) for people: `fastvit info` and the demo."""
+    """Rows (op, the backend that a call would run on here, why) for people: `fastvit info` and the demo."""
     rows = []
-    for op, table in TABLE.items():
+    for op in TABLE:
         try:
             chosen = resolve(op, *args, **kwargs)
         except BackendUnavailable as error:
             rows.append((op, "unavailable", str(error)))
-            continue
-        if requested(op) != "auto":
-            why = "asked for by name"
-        elif _disabled:
-            why = "FASTVIT_DISABLE is set"
         else:
-            before = table[: [row.name for row in table].index(chosen)]
-            reasons = [f"not {row.name}: {row.can_run(*args, **kwargs)}" for row in before]
-            why = "; ".join(reasons) or "first in the table"
-        rows.append((op, chosen, why))
+            rows.append((op, chosen, _why(op, chosen, *args, **kwargs)))
     return rows
+
+
+def _why(op: str, chosen: str, *args, **kwargs) -> str:
+    if requested(op) != "auto":
+        return "asked for by name"
+    if _disabled:
+        return "FASTVIT_DISABLE is set"
+    names_by_reason: dict[str, list[str]] = {}
+    for row in TABLE[op]:
+        if row.name == chosen:
+            break
+        names_by_reason.setdefault(row.can_run(*args, **kwargs), []).append(row.name)
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
+    return "; ".join(reasons) or "first in the table"

@@ -52,7 +52,11 @@ DINOV2_REG = Family(
 )
 DEIT = Family("arXiv 2012.12877", **IMAGENET)
 DEIT3 = Family("arXiv 2204.07118", **IMAGENET, arguments={"no_embed_class": True, "init_values": 1e-6})
-CLIP = Family("arXiv 2103.00020, 2212.07143", **OPENAI, arguments={"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)})
+CLIP = Family(
+    "arXiv 2103.00020, 2212.07143",
+    **OPENAI,
+    arguments={"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)},
+)
 CLIP_QUICK = Family(
     "arXiv 2103.00020, 2309.16671",
     **OPENAI,
@@ -216,10 +220,14 @@ def create_model(name: str, checkpoint: str | PathLike | None = None, **override
         model = VisionTransformer(**arguments | {"img_size": own_size})
     load_state(model, state, checkpoint)
     if model.patch_embed.img_size != to_2tuple(wanted_size):
-        logger.info("%s: positions resized to an input of %s by %s's way", checkpoint, wanted_size, model.pos_resize)
+        logger.info(
+            "%s: positions resized to an input of %s by %s's way", checkpoint, wanted_size, model.pos_resize
+        )
         model.set_input_size(wanted_size)
     if "num_classes" in overrides and wanted_classes != arguments["num_classes"]:
-        logger.info("%s: its %d classes give way to %d new ones", checkpoint, arguments["num_classes"], wanted_classes)
+        logger.info(
+            "%s: its %d classes give way to %d new ones", checkpoint, arguments["num_classes"], wanted_classes
+        )
         model.reset_classifier(wanted_classes)
     return model
 

@@ -150,7 +150,9 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim, **dd)) if reg_tokens else None
         num_positions = num_patches + (0 if no_embed_class else self.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(torch.empty(1, num_positions, embed_dim, **dd)) if pos_embed == "learn" else None
+        self.pos_embed = (
+            nn.Parameter(torch.empty(1, num_positions, embed_dim, **dd)) if pos_embed == "learn" else None
+        )
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
         self.patch_drop = (
             PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate > 0.0 else nn.Identity()
@@ -247,7 +249,9 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
         if isinstance(embed, PatchEmbed) and embed.is_fusable():
             images = embed.fit(images)
             grid = embed.dynamic_feat_size(images.shape[-2:])
-            x = ops.patch_embed(images, embed.proj.weight, embed.proj.bias, self._positions(grid), self._prefix())
+            x = ops.patch_embed(
+                images, embed.proj.weight, embed.proj.bias, self._positions(grid), self._prefix()
+            )
             x = self.pos_drop(x)
         else:
             x = self._pos_embed(embed(images))

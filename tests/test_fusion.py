@@ -1,4 +1,4 @@
-"""A block runs as fused ops where that is the whole truth, and module by module where someone put something inside."""
+"""A block runs as fused ops where that is the whole truth, and by modules where someone put something inside."""
 
 from collections import Counter
 
@@ -57,12 +57,34 @@ def test_plain_blocks_are_four_ops(calls, arguments):
 
 
 def test_the_embedding_is_one_op(calls):
-    VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, reg_tokens=2)(torch.randn(1, 3, 32, 32))
+    VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, reg_tokens=2)(
+        torch.randn(1, 3, 32, 32)
+    )
     assert calls == FUSED + Counter(patch_embed=1)
 
 
-ATTENTION_PARTS = ["norm1", "attn", "attn.qkv", "attn.proj", "attn.proj_drop", "attn.attn_drop", "ls1", "drop_path1"]
-MLP_PARTS = ["norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.norm", "mlp.drop1", "mlp.drop2", "ls2", "drop_path2"]
+ATTENTION_PARTS = [
+    "norm1",
+    "attn",
+    "attn.qkv",
+    "attn.proj",
+    "attn.proj_drop",
+    "attn.attn_drop",
+    "ls1",
+    "drop_path1",
+]
+MLP_PARTS = [
+    "norm2",
+    "mlp",
+    "mlp.fc1",
+    "mlp.act",
+    "mlp.fc2",
+    "mlp.norm",
+    "mlp.drop1",
+    "mlp.drop2",
+    "ls2",
+    "drop_path2",
+]
 HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
 
 
@@ -79,7 +101,9 @@ def test_a_hook_inside_fires_and_changes_no_number(calls, part, hook):
     torch.testing.assert_close(out, expected)
     # torch's own module never calls its attention dropout: a hook there has nothing to fire on.
     assert bool(fired) == (part != "attn.attn_drop")
-    assert calls == (without("layer_norm_mlp") if part in MLP_PARTS else without("layer_norm_linear", "linear_residual"))
+    assert calls == (
+        without("layer_norm_mlp") if part in MLP_PARTS else without("layer_norm_linear", "linear_residual")
+    )
     handle.remove()
     calls.clear()
     model(X)

@@ -19,7 +19,9 @@ from fastvit.verification import randomize
 def test_full_size_keys_shapes_and_settings_are_timms(name):
     with torch.device("meta"):
         ours, theirs = fastvit.create_model(name), timm.create_model(name)
-    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape) for k, v in theirs.state_dict().items()]
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in theirs.state_dict().items()
+    ]
     variant, config = get_variant(name), theirs.pretrained_cfg
     assert ours.patch_embed.img_size == config["input_size"][1:]
     if "laion" not in (config["tag"] or ""):  # those CLIP weights were fine-tuned with another mean
@@ -46,7 +48,9 @@ def test_numbers_hold_the_contract_against_timm(name):
 
 
 def test_unknown_variant_suggests_near_ones():
-    with pytest.raises(ValueError, match="unknown variant 'vit_base_patch16_225'; did you mean vit_base_patch16_224"):
+    with pytest.raises(
+        ValueError, match="unknown variant 'vit_base_patch16_225'; did you mean vit_base_patch16_224"
+    ):
         fastvit.create_model("vit_base_patch16_225")
     with pytest.raises(ValueError, match="list_models"):
         fastvit.create_model("zzz")
@@ -82,13 +86,17 @@ def test_checkpoint_then_new_classes_and_size(checkpoint, caplog):
 def test_checkpoint_already_at_the_size_asked_for(tmp_path):
     _, model = twins("vit_tiny_patch16_224", depth=1, num_classes=0, img_size=96)
     torch.save(model.state_dict(), tmp_path / "small.pth")
-    ours = fastvit.create_model("vit_tiny_patch16_224", tmp_path / "small.pth", depth=1, num_classes=0, img_size=96)
+    ours = fastvit.create_model(
+        "vit_tiny_patch16_224", tmp_path / "small.pth", depth=1, num_classes=0, img_size=96
+    )
     assert torch.equal(ours.pos_embed, model.pos_embed)
 
 
 def test_checkpoint_of_another_model_names_file_and_keys(checkpoint):
     path, _ = checkpoint
-    with pytest.raises(fastvit.CheckpointError, match=r"weights\.safetensors \(\d+ bytes\)(.|\n)*blocks\.1\.norm1"):
+    with pytest.raises(
+        fastvit.CheckpointError, match=r"weights\.safetensors \(\d+ bytes\)(.|\n)*blocks\.1\.norm1"
+    ):
         fastvit.create_model("vit_tiny_patch16_224", path)
     with pytest.raises(fastvit.CheckpointError, match=r"cls_token"):
         fastvit.create_model("vit_small_patch16_224", path, depth=1)

@@ -30,7 +30,9 @@ def images(batch: int = 2, size: int = 32) -> torch.Tensor:
 
 def test_it_is_our_own_class():
     assert [c.__module__.split(".")[0] for c in VisionTransformer.__mro__[:-1]] == ["fastvit"] * 3 + ["torch"]
-    assert not any("timm" in inspect.getsource(inspect.getmodule(c)).split("import timm") for c in [VisionTransformer])
+    assert not any(
+        "timm" in inspect.getsource(inspect.getmodule(c)).split("import timm") for c in [VisionTransformer]
+    )
 
 
 def test_constructor_takes_timms_arguments_with_timms_defaults():
@@ -64,10 +66,16 @@ def test_same_seed_draws_the_same_weights(arguments):
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
+ATTRIBUTES = (
+    ["num_classes", "in_chans", "global_pool", "num_features", "head_hidden_size", "embed_dim"]
+    + ["num_prefix_tokens", "num_reg_tokens", "has_class_token", "no_embed_class", "pool_include_prefix"]
+    + ["dynamic_img_size", "grad_checkpointing", "feature_info"]
+)
+
+
 def test_attributes_are_timms():
     ours, theirs = pair(reg_tokens=2, drop_path_rate=0.1, drop_rate=0.1)
-    for name in """num_classes in_chans global_pool num_features head_hidden_size embed_dim num_prefix_tokens num_reg_tokens
-        has_class_token no_embed_class pool_include_prefix dynamic_img_size grad_checkpointing feature_info""".split():
+    for name in ATTRIBUTES:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.patch_embed.num_patches == theirs.patch_embed.num_patches
     assert ours.patch_embed.grid_size == theirs.patch_embed.grid_size
@@ -113,7 +121,9 @@ def test_options_hold_the_contract_forward_and_backward(arguments):
 
 
 # Dropout of every kind draws the same numbers from the same seed, so the outputs agree too.
-@pytest.mark.parametrize("rate", ["drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "drop_path_rate"])
+@pytest.mark.parametrize(
+    "rate", ["drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "drop_path_rate"]
+)
 def test_dropout_in_training(rate):
     ours, theirs = pair(**{rate: 0.5})
     x = images(8)
@@ -138,9 +148,13 @@ def test_masks_and_causality():
     torch.testing.assert_close(ours(x, is_causal=True), theirs(x, is_causal=True), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": True}, {"stop_early": True}, {"output_fmt": "NLC"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": True}, {"stop_early": True}, {"output_fmt": "NLC"}], ids=str
+)
 @pytest.mark.parametrize("indices", [None, 2, [0, -1]])
-@pytest.mark.parametrize("form", [{}, {"return_prefix_tokens": True}, {"intermediates_only": True}, {"output_dict": True}])
+@pytest.mark.parametrize(
+    "form", [{}, {"return_prefix_tokens": True}, {"intermediates_only": True}, {"output_dict": True}]
+)
 def test_forward_intermediates(indices, options, form):
     ours, theirs = pair(reg_tokens=2, global_pool="avg")
     out = ours.forward_intermediates(images(), indices, **options, **form)
@@ -167,7 +181,9 @@ def test_intermediates_that_do_not_exist():
 
 def test_prune_intermediate_layers():
     ours, theirs = pair()
-    assert ours.prune_intermediate_layers([1], prune_norm=True) == theirs.prune_intermediate_layers([1], prune_norm=True)
+    assert ours.prune_intermediate_layers([1], prune_norm=True) == theirs.prune_intermediate_layers(
+        [1], prune_norm=True
+    )
     assert list(ours.state_dict()) == list(theirs.state_dict())
     torch.testing.assert_close(ours(images()), theirs(images()), rtol=1e-5, atol=1e-5)
 
@@ -218,7 +234,7 @@ def test_an_empty_batch():
 
 def test_copies_and_pickles():
     ours, _ = pair(init_values=0.1, drop_path_rate=0.1)
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301 (our own bytes)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(twin(images()), ours(images()))
 
 

@@ -44,15 +44,18 @@ def get_act_layer(act_layer: str | Callable[..., nn.Module] | None) -> Callable[
     if not isinstance(act_layer, str):
         return act_layer
     if act_layer not in ACT_LAYERS:
-        raise ValueError(f"unknown act_layer {act_layer!r}; it must be one of {', '.join(ACT_LAYERS)}, or a class")
+        raise ValueError(
+            f"unknown act_layer {act_layer!r}; it must be one of {', '.join(ACT_LAYERS)}, or a class"
+        )
     return ACT_LAYERS[act_layer]
+
+
+_NAMES = {layer: name for name, layer in reversed(ACT_LAYERS.items())}
 
 
 def activation_name(module: nn.Module) -> str | None:
     """The ops' name for the activation, or None if only its own forward knows."""
-    if is_plain(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    for name, layer in ACT_LAYERS.items():
-        if is_plain(module, layer):
-            return name
-    return None
+    name = _NAMES.get(type(module))
+    if name is None or not is_plain(module, type(module)):
+        return None
+    return "gelu_tanh" if name == "gelu" and module.approximate == "tanh" else name

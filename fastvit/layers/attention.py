@@ -56,26 +56,31 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """What lies between the projections: packed [B, N, 3 * H * d] to [B, N, H * d]."""
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        common = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": self.scale}
-        qk_norm = self._qk_norm_arguments()
+        parts = self._modules
+        q_norm, k_norm, norm = parts["q_norm"], parts["k_norm"], parts["norm"]
+        common = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": self.scale}
+        common["dropout_p"] = parts["attn_drop"].p if self.training else 0.0
+        qk_norm = qk_norm_arguments(q_norm, k_norm)
         if qk_norm is not None:
-            return self.norm(ops.attention(qkv, self.num_heads, **common, **qk_norm))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, **common)
-        return self.norm(x.transpose(1, 2).flatten(2))
+            x = ops.attention(qkv, self.num_heads, **common, **qk_norm)
+        else:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            x = F.scaled_dot_product_attention(q_norm(q), k_norm(k), v, **common).transpose(1, 2).flatten(2)
+        return x if is_identity(norm) else norm(x)
 
-    def _qk_norm_arguments(self) -> dict | None:
-        if is_identity(self.q_norm) and is_identity(self.k_norm):
-            return {}
-        q, k = norm_arguments(self.q_norm), norm_arguments(self.k_norm)
-        if q is None or k is None or (q.norm, q.eps) != (k.norm, k.eps):
-            return None
-        return {
-            "qk_norm": q.norm,
-            "qk_norm_eps": q.eps,
-            "q_norm_weight": q.weight,
-            "q_norm_bias": q.bias,
-            "k_norm_weight": k.weight,
-            "k_norm_bias": k.bias,
-        }
+
+def qk_norm_arguments(q_norm: nn.Module, k_norm: nn.Module) -> dict | None:
+    """The attention op's arguments for these norms of q and k, or None if only their own forwards know."""
+    if is_identity(q_norm) and is_identity(k_norm):
+        return {}
+    q, k = norm_arguments(q_norm), norm_arguments(k_norm)
+    if q is None or k is None or (q.norm, q.eps) != (k.norm, k.eps):
+        return None
+    return {
+        "qk_norm": q.norm,
+        "qk_norm_eps": q.eps,
+        "q_norm_weight": q.weight,
+        "q_norm_bias": q.bias,
+        "k_norm_weight": k.weight,
+        "k_norm_bias": k.bias,
+    }

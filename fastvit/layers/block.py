@@ -8,7 +8,7 @@ from .. import ops
 from .attention import Attention
 from .mlp import Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import is_identity, is_plain
+from .plain import is_identity, is_plain, weight_and_bias
 from .regularization import DropPath, LayerScale
 
 ATTN_LAYERS = {"": Attention, "attn": Attention}
@@ -83,36 +83,38 @@ class Block(nn.Module):
         return self._mlp_half(self._attention_half(x, attn_mask, is_causal))
 
     def _attention_half(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        attn, norm = self.attn, norm_arguments(self.norm1)
-        fusable = (
-            norm is not None
-            and is_plain(attn, Attention)
-            and is_plain(attn.qkv, nn.Linear)
-            and is_plain(attn.proj, nn.Linear)
-            and is_plain(attn.attn_drop, nn.Dropout)
-            and is_identity(attn.proj_drop)
-            and _is_scaling(self.ls1, self.drop_path1)
-        )
-        if not fusable:
+        parts = self._modules
+        attn, layer_scale, drop_path = parts["attn"], parts["ls1"], parts["drop_path1"]
+        norm = norm_arguments(parts["norm1"])
+        if norm is None or not _is_scaling(layer_scale, drop_path) or not is_plain(attn, Attention):
             return self._attention_half_by_modules(x, attn_mask, is_causal)
-        qkv = ops.layer_norm_linear(
-            x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, eps=norm.eps, norm=norm.norm
+        qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+        dropouts_idle = is_plain(attn._modules["attn_drop"], nn.Dropout) and is_identity(
+            attn._modules["proj_drop"]
         )
-        tokens = attn.attend(qkv, attn_mask, is_causal)
-        scales = _scales(self.ls1, self.drop_path1, x)
-        return ops.linear_residual(tokens, attn.proj.weight, attn.proj.bias, x, **scales)
+        if not (dropouts_idle and is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
+            return self._attention_half_by_modules(x, attn_mask, is_causal)
+        packed = ops.layer_norm_linear(
+            x, norm.weight, norm.bias, *weight_and_bias(qkv), eps=norm.eps, norm=norm.norm
+        )
+        tokens = attn.attend(packed, attn_mask, is_causal)
+        return ops.linear_residual(tokens, *weight_and_bias(proj), x, **_scales(layer_scale, drop_path, x))
 
     def _mlp_half(self, x: Tensor) -> Tensor:
-        norm = norm_arguments(self.norm2)
+        parts = self._modules
+        mlp, layer_scale, drop_path = parts["mlp"], parts["ls2"], parts["drop_path2"]
+        norm = norm_arguments(parts["norm2"])
         arguments = None
-        if norm is not None and hasattr(self.mlp, "op_arguments") and _is_scaling(self.ls2, self.drop_path2):
-            arguments = self.mlp.op_arguments(norm)
+        if norm is not None and hasattr(type(mlp), "op_arguments") and _is_scaling(layer_scale, drop_path):
+            arguments = mlp.op_arguments(norm)
         if arguments is None:
             return self._mlp_half_by_modules(x)
-        return ops.layer_norm_mlp(x, **arguments, **_scales(self.ls2, self.drop_path2, x))
+        return ops.layer_norm_mlp(x, **arguments, **_scales(layer_scale, drop_path, x))
 
     def _attention_half_by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path1(
+            self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        )
 
     def _mlp_half_by_modules(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -124,6 +126,6 @@ def _is_scaling(layer_scale: nn.Module, drop_path: nn.Module) -> bool:
 
 def _scales(layer_scale: nn.Module, drop_path: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     return {
-        "layer_scale": layer_scale.gamma if isinstance(layer_scale, LayerScale) else None,
-        "sample_scale": drop_path.sample_scale(x) if isinstance(drop_path, DropPath) else None,
+        "layer_scale": layer_scale.gamma if type(layer_scale) is LayerScale else None,
+        "sample_scale": drop_path.sample_scale(x) if type(drop_path) is DropPath else None,
     }

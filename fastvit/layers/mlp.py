@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activation import activation_name
 from .norm import NormArguments, norm_arguments
-from .plain import is_identity, is_plain
+from .plain import is_identity, is_plain, weight_and_bias
 
 
 class Mlp(nn.Module):
@@ -47,10 +47,10 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(x)))
 
     def op_arguments(self, norm: NormArguments) -> dict | None:
-        activation = activation_name(self.act)
-        if activation is None or not is_plain(self, Mlp) or not is_plain(self.fc1, nn.Linear):
+        fc1, activation = self._modules["fc1"], activation_name(self._modules["act"])
+        if activation is None or not is_plain(self, Mlp) or not is_plain(fc1, nn.Linear):
             return None
-        return _common_arguments(self, norm, fc1=self.fc1, activation=activation)
+        return _common_arguments(self, norm, fc1, activation)
 
 
 class GluMlp(nn.Module):
@@ -98,11 +98,12 @@ class GluMlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
     def op_arguments(self, norm: NormArguments) -> dict | None:
-        if self.gate_last or activation_name(self.act) != "silu":
+        fc1 = self._modules["fc1"]
+        if self.gate_last or activation_name(self._modules["act"]) != "silu":
             return None
-        if not is_plain(self, GluMlp) or not is_plain(self.fc1, nn.Linear):
+        if not is_plain(self, GluMlp) or not is_plain(fc1, nn.Linear):
             return None
-        return _common_arguments(self, norm, fc1=self.fc1, activation="swiglu")
+        return _common_arguments(self, norm, fc1, "swiglu")
 
 
 SwiGLUPacked = partial(GluMlp, act_layer=nn.SiLU, gate_last=False)
@@ -150,34 +151,33 @@ class SwiGLU(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
     def op_arguments(self, norm: NormArguments) -> dict | None:
-        if activation_name(self.act) != "silu" or not is_plain(self, SwiGLU):
+        gate, value = self._modules["fc1_g"], self._modules["fc1_x"]
+        if activation_name(self._modules["act"]) != "silu" or not is_plain(self, SwiGLU):
             return None
-        if not is_plain(self.fc1_g, nn.Linear) or not is_plain(self.fc1_x, nn.Linear):
+        if not is_plain(gate, nn.Linear) or not is_plain(value, nn.Linear):
             return None
-        gate = {"gate_weight": self.fc1_g.weight, "gate_bias": self.fc1_g.bias}
-        return _common_arguments(self, norm, fc1=self.fc1_x, activation="swiglu", **gate)
+        arguments = _common_arguments(self, norm, value, "swiglu")
+        if arguments is not None:
+            arguments["gate_weight"], arguments["gate_bias"] = weight_and_bias(gate)
+        return arguments
 
 
-def _common_arguments(mlp: nn.Module, norm: NormArguments, *, fc1: nn.Linear, **rest) -> dict | None:
+def _common_arguments(mlp: nn.Module, norm: NormArguments, fc1: nn.Linear, activation: str) -> dict | None:
     """The arguments that all three share, or None if dropout, fc2 or the inner norm stands in the way."""
-    if not (is_identity(mlp.drop1) and is_identity(mlp.drop2) and is_plain(mlp.fc2, nn.Linear)):
+    parts = mlp._modules
+    fc2, inner_norm = parts["fc2"], parts["norm"]
+    if not (is_identity(parts["drop1"]) and is_identity(parts["drop2"]) and is_plain(fc2, nn.Linear)):
         return None
-    if not is_identity(mlp.norm):
-        inner = norm_arguments(mlp.norm)
+    arguments = {"eps": norm.eps, "norm": norm.norm, "norm_weight": norm.weight, "norm_bias": norm.bias}
+    arguments["fc1_weight"], arguments["fc1_bias"] = weight_and_bias(fc1)
+    arguments["fc2_weight"], arguments["fc2_bias"] = weight_and_bias(fc2)
+    arguments["activation"] = activation
+    if not is_identity(inner_norm):
+        inner = norm_arguments(inner_norm)
         if inner is None or inner.weight is None or (inner.norm, inner.eps) != (norm.norm, norm.eps):
             return None
-        rest |= {"inner_norm_weight": inner.weight, "inner_norm_bias": inner.bias}
-    return {
-        "norm_weight": norm.weight,
-        "norm_bias": norm.bias,
-        "fc1_weight": fc1.weight,
-        "fc1_bias": fc1.bias,
-        "fc2_weight": mlp.fc2.weight,
-        "fc2_bias": mlp.fc2.bias,
-        "eps": norm.eps,
-        "norm": norm.norm,
-        **rest,
-    }
+        arguments["inner_norm_weight"], arguments["inner_norm_bias"] = inner.weight, inner.bias
+    return arguments
 
 
 def _pair(value):

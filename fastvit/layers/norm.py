@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .plain import is_plain
+from .plain import is_plain, weight_and_bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -37,7 +37,9 @@ def get_norm_layer(norm_layer: str | Callable[..., nn.Module] | None) -> Callabl
         return norm_layer
     name = norm_layer.replace("_", "").lower()
     if name not in NORM_LAYERS:
-        raise ValueError(f"unknown norm_layer {norm_layer!r}; it must be one of {', '.join(NORM_LAYERS)}, or a class")
+        raise ValueError(
+            f"unknown norm_layer {norm_layer!r}; it must be one of {', '.join(NORM_LAYERS)}, or a class"
+        )
     return NORM_LAYERS[name]
 
 
@@ -53,9 +55,7 @@ class NormArguments(NamedTuple):
 def norm_arguments(module: nn.Module) -> NormArguments | None:
     """What the norm computes, or None if only its own forward knows."""
     if is_plain(module, LayerNorm, nn.LayerNorm):
-        return NormArguments("layer_norm", module.weight, module.bias, module.eps)
+        return NormArguments("layer_norm", *weight_and_bias(module), module.eps)
     if is_plain(module, RmsNorm, nn.RMSNorm) and module.eps is not None:
-        return NormArguments("rms_norm", module.weight, None, module.eps)
+        return NormArguments("rms_norm", *weight_and_bias(module), module.eps)
     return None
-
-

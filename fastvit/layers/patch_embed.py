@@ -49,7 +49,9 @@ class PatchEmbed(nn.Module):
         self.img_size = self.grid_size = self.num_patches = None
         if img_size is not None:
             self.img_size = to_2tuple(img_size)
-            self.grid_size = tuple(side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
+            self.grid_size = tuple(
+                side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True)
+            )
             self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def set_input_size(
@@ -57,7 +59,7 @@ class PatchEmbed(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Another image size, and another patch size by FlexiViT's resampling of the weight (arXiv 2212.08013)."""
+        """Another image size; another patch size by FlexiViT's resampling of the weight (arXiv 2212.08013)."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             self.patch_size = to_2tuple(patch_size)
             old = self.proj
@@ -92,7 +94,9 @@ class PatchEmbed(nn.Module):
     def fit(self, images: Tensor) -> Tensor:
         """Check the images' size, and pad or crop them to whole patches: see ``fit_images``."""
         size = self.img_size if self.strict_img_size else None
-        return fit_images(images, self.proj.in_channels, self.patch_size, size, self.dynamic_img_pad, self.img_size is None)
+        return fit_images(
+            images, self.proj.in_channels, self.patch_size, size, self.dynamic_img_pad, self.img_size is None
+        )
 
     def is_fusable(self) -> bool:
         """True if nothing here needs its own forward, so that the op `patch_embed` can do it all."""
@@ -149,8 +153,8 @@ def fit_images(
         return F.pad(images, (0, -width % pw, 0, -height % ph))
     if img_size is None and not crop:
         raise ValueError(
-            f"images are {height}x{width}, not a multiple of the patch, {ph}x{pw}: resize them, or build the model "
-            "with dynamic_img_pad=True"
+            f"images are {height}x{width}, not a multiple of the patch, {ph}x{pw}: resize them, or build the "
+            "model with dynamic_img_pad=True"
         )
     # What a convolution would never read (384 is not a multiple of 14): a view, not a copy.
     return images[:, :, : height - height % ph, : width - width % pw]

@@ -42,7 +42,9 @@ def resize_pos_embed(
         side = math.isqrt(num_patches)
         old_grid = (side, side)
     if old_grid[0] * old_grid[1] != num_patches:
-        raise ValueError(f"{num_patches} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}")
+        raise ValueError(
+            f"{num_patches} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}"
+        )
     if tuple(new_grid) == tuple(old_grid):
         return pos_embed
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]

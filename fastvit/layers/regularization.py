@@ -7,7 +7,9 @@ from torch import Tensor, nn
 class LayerScale(nn.Module):
     """x * gamma, one learned factor a channel (arXiv 2103.17239)."""
 
-    def __init__(self, dim: int, init_values: float = 1e-5, inplace: bool = False, device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, init_values: float = 1e-5, inplace: bool = False, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.init_values = init_values
         self.inplace = inplace

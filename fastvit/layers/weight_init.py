@@ -12,7 +12,7 @@ INIT_MODES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 
 @torch.no_grad()
 def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
-    """Normal with this deviation, cut at -2 and 2: one draw an element, through the inverse error function."""
+    """Normal with this deviation, cut at -2 and 2: one draw an element, by the inverse error function."""
     edge = math.erf(2.0 / std / math.sqrt(2.0))
     return tensor.uniform_(-edge, edge).erfinv_().mul_(std * math.sqrt(2.0)).clamp_(-2.0, 2.0)
 

@@ -20,6 +20,11 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     if bias is not None:
         raise ValueError("rms_norm has no bias; pass None")
     # Under autocast torch runs rms_norm in float32, but refuses a weight of another dtype.
-    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and weight.dtype != x.dtype and not is_autocast(x):
         weight = weight.to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether torch casts what ops take on this tensor's device; on meta, of which torch cannot say, no."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
