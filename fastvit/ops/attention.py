@@ -59,37 +59,41 @@ def attention(
 
     Source: arXiv 1706.03762; q/k norm arXiv 2302.05442; rotary positions arXiv 2104.09864.
     """
-    tensors = {
+    norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
+    tensors = (qkv, attn_mask, key_mask, *norms, rope_cos, rope_sin)
+    options = {
+        "scale": scale,
         "attn_mask": attn_mask,
         "key_mask": key_mask,
+        "is_causal": is_causal,
+        "dropout_p": dropout_p,
+        "qk_norm": qk_norm,
         "q_norm_weight": q_norm_weight,
         "q_norm_bias": q_norm_bias,
         "k_norm_weight": k_norm_weight,
         "k_norm_bias": k_norm_bias,
+        "qk_norm_eps": qk_norm_eps,
         "rope_cos": rope_cos,
         "rope_sin": rope_sin,
-    }
-    options = {
-        "is_causal": is_causal,
-        "dropout_p": dropout_p,
-        "qk_norm": qk_norm,
-        "qk_norm_eps": qk_norm_eps,
         "rope_layout": rope_layout,
         "num_prefix_tokens": num_prefix_tokens,
     }
-    if has_torch_function((qkv, *tensors.values())):
-        everything = (qkv, *tensors.values())
-        return handle_torch_function(attention, everything, qkv, num_heads, scale, **tensors, **options)
+    if has_torch_function(tensors):
+        return handle_torch_function(attention, tensors, qkv, num_heads, **options)
     head_dim = _check_packing(qkv, num_heads)
-    _check_masks(qkv, num_heads, attn_mask, key_mask, is_causal)
-    _check_heads(qkv, head_dim, tensors, options)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, head_dim)).unbind(2)
-    backends.resolve("attention", q, k, v, scale=scale, **tensors, **options)
-    return reference(q, k, v, scale=scale, **tensors, **options)
+    if attn_mask is not None or key_mask is not None:
+        _check_masks(qkv, num_heads, attn_mask, key_mask, is_causal)
+    if qk_norm is not None or any(tensor is not None for tensor in norms):
+        _check_norms(qkv, head_dim, qk_norm, *norms)
+    _check_rotary(qkv, head_dim, rope_cos, rope_sin, rope_layout, num_prefix_tokens)
+    batch, tokens, _ = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).unbind(2)
+    backends.resolve("attention", q, k, v, **options)
+    return reference(q, k, v, **options)
 
 
 def _check_packing(qkv: Tensor, num_heads: int) -> int:
-    checks.rank("attention", "qkv", qkv, "B N 3*H*d")
+    checks.rank("attention", "qkv", qkv, "B, N, 3*H*d")
     checks.floating("attention", "qkv", qkv)
     width = qkv.shape[-1]
     if num_heads < 1 or width % (3 * num_heads) or not width:
@@ -115,14 +119,18 @@ def _check_masks(
                 f"{list(full)}; its shape is {list(attn_mask.shape)}"
             )
         if attn_mask.dtype.is_floating_point:
-            checks.like("attention", "qkv", qkv, {"attn_mask": attn_mask})
+            checks.fit("attention", "qkv", qkv, ("attn_mask", attn_mask, attn_mask.shape))
         elif attn_mask.dtype != torch.bool:
             raise TypeError(f"attention: attn_mask must be bool or floating point; it is {attn_mask.dtype}")
     if key_mask is not None:
-        checks.shape("attention", "key_mask", key_mask, (batch, tokens))
+        if key_mask.shape != (batch, tokens):
+            raise ValueError(
+                f"attention: key_mask must have shape {[batch, tokens]}; it has {list(key_mask.shape)}"
+            )
         if key_mask.dtype != torch.bool:
             raise TypeError(f"attention: key_mask must be bool; it is {key_mask.dtype}")
-    checks.device("attention", "qkv", qkv, {"attn_mask": attn_mask, "key_mask": key_mask})
+    checks.device("attention", "qkv", qkv, "attn_mask", attn_mask)
+    checks.device("attention", "qkv", qkv, "key_mask", key_mask)
 
 
 def _broadcasts(tensor: Tensor, full: tuple[int, ...]) -> bool:
@@ -130,35 +138,44 @@ def _broadcasts(tensor: Tensor, full: tuple[int, ...]) -> bool:
     return len(given) == len(full) and all(have in (1, want) for have, want in zip(given, full, strict=True))
 
 
-def _check_heads(qkv: Tensor, head_dim: int, tensors: dict, options: dict) -> None:
-    norms = {name: tensor for name, tensor in tensors.items() if "_norm_" in name}
-    for name, tensor in norms.items():
-        if tensor is not None and options["qk_norm"] is None:
-            raise ValueError(f"attention: {name} is given, but qk_norm is None; name the norm")
-        checks.shape("attention", name, tensor, (head_dim,))
-    if options["qk_norm"] is not None:
-        biases = {name: norms[name] for name in ("q_norm_bias", "k_norm_bias")}
-        checks.norm("attention", "qk_norm", options["qk_norm"], biases)
-    checks.like("attention", "qkv", qkv, norms)
-    _check_rotary(qkv, head_dim, tensors, options)
+def _check_norms(
+    qkv: Tensor,
+    head_dim: int,
+    qk_norm: str | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+) -> None:
+    expected = (
+        ("q_norm_weight", q_weight, (head_dim,)),
+        ("q_norm_bias", q_bias, (head_dim,)),
+        ("k_norm_weight", k_weight, (head_dim,)),
+        ("k_norm_bias", k_bias, (head_dim,)),
+    )
+    if qk_norm is None:
+        name = next(name for name, tensor, _ in expected if tensor is not None)
+        raise ValueError(f"attention: {name} is given, but qk_norm is None; name the norm")
+    checks.norm("attention", "qk_norm", qk_norm, ("q_norm_bias", q_bias), ("k_norm_bias", k_bias))
+    checks.fit("attention", "qkv", qkv, *expected)
 
 
-def _check_rotary(qkv: Tensor, head_dim: int, tensors: dict, options: dict) -> None:
-    if options["rope_layout"] not in ROPE_LAYOUTS:
+def _check_rotary(
+    qkv: Tensor, head_dim: int, cos: Tensor | None, sin: Tensor | None, layout: str, num_prefix: int
+) -> None:
+    if layout not in ROPE_LAYOUTS:
         known = ", ".join(ROPE_LAYOUTS)
-        raise ValueError(f"attention: rope_layout is {options['rope_layout']!r}; it must be one of {known}")
+        raise ValueError(f"attention: rope_layout is {layout!r}; it must be one of {known}")
     batch, tokens, width = qkv.shape
-    prefix = options["num_prefix_tokens"]
-    if not 0 <= prefix <= tokens:
-        raise ValueError(f"attention: num_prefix_tokens is {prefix}; it must be 0 to N = {tokens}")
-    cos, sin = tensors["rope_cos"], tensors["rope_sin"]
+    if not 0 <= num_prefix <= tokens:
+        raise ValueError(f"attention: num_prefix_tokens is {num_prefix}; it must be 0 to N = {tokens}")
     if (cos is None) != (sin is None):
         raise ValueError("attention: rope_cos and rope_sin go together; one of them is None")
     if cos is None:
         return
     if head_dim % 2:
         raise ValueError(f"attention: rotary positions need an even head_dim; it is {head_dim}")
-    full = (batch, width // (3 * head_dim), tokens - prefix, head_dim)
+    full = (batch, width // (3 * head_dim), tokens - num_prefix, head_dim)
     for name, table in (("rope_cos", cos), ("rope_sin", sin)):
         if tuple(table.shape[-2:]) != full[-2:] or not _broadcasts(table, full):
             raise ValueError(
@@ -166,4 +183,4 @@ def _check_rotary(qkv: Tensor, head_dim: int, tensors: dict, options: dict) -> N
                 f"{list(full)}; its shape is {list(table.shape)}"
             )
         checks.floating("attention", name, table)
-    checks.device("attention", "qkv", qkv, {"rope_cos": cos, "rope_sin": sin})
+        checks.device("attention", "qkv", qkv, name, table)

@@ -1,22 +1,19 @@
-"""Checks that the ops share. Each raises one line: the argument, what it is, and what it must be."""
+"""Checks that the ops share. Each raises one line: the argument, what it is, and what it must be.
 
-import torch
+They run before every call, so the way through them that raises nothing is kept short.
+"""
+
 from torch import Tensor
 
-from ..reference.normalization import NORMS
+from ..reference.normalization import NORMS, is_autocast
+
+Expected = tuple[str, Tensor | None, tuple[int, ...]]
 
 
 def rank(op: str, name: str, tensor: Tensor, dims: str) -> None:
-    """ValueError unless the tensor has as many dimensions as ``dims`` names, as in "B N D"."""
-    if tensor.ndim != len(dims.split()):
-        expected = ", ".join(dims.split())
-        raise ValueError(f"{op}: {name} must be [{expected}]; its shape is {list(tensor.shape)}")
-
-
-def shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    """ValueError unless the tensor is None or has exactly this shape."""
-    if tensor is not None and tensor.shape != expected:
-        raise ValueError(f"{op}: {name} must have shape {list(expected)}; it has {list(tensor.shape)}")
+    """ValueError unless the tensor has as many dimensions as ``dims`` names, as in "B, N, D"."""
+    if tensor.ndim != dims.count(",") + 1:
+        raise ValueError(f"{op}: {name} must be [{dims}]; its shape is {list(tensor.shape)}")
 
 
 def floating(op: str, name: str, tensor: Tensor) -> None:
@@ -25,33 +22,40 @@ def floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be floating point; it is {tensor.dtype}")
 
 
-def like(op: str, name: str, tensor: Tensor, others: dict[str, Tensor | None]) -> None:
-    """ValueError unless the others lie on the tensor's device; TypeError unless they share its dtype.
+def fit(op: str, name: str, tensor: Tensor, *expected: Expected) -> None:
+    """Each other tensor of (name, other, shape), None apart, has that shape and the device and dtype of one.
 
-    Under autocast the dtypes may differ: torch casts them.
+    Raises:
+        ValueError: for a wrong shape or device.
+        TypeError: for a wrong dtype, except under autocast, where torch casts.
     """
-    device(op, name, tensor, others)
-    if torch.is_autocast_enabled(tensor.device.type):
-        return
-    for other_name, other in others.items():
-        if other is not None and other.dtype != tensor.dtype:
-            raise TypeError(f"{op}: {other_name} is {other.dtype}, but {name} is {tensor.dtype}")
+    device, dtype = tensor.device, tensor.dtype
+    for other_name, other, shape in expected:
+        if other is None:
+            continue
+        if other.shape != shape:
+            raise ValueError(f"{op}: {other_name} must have shape {list(shape)}; it has {list(other.shape)}")
+        if other.device != device:
+            raise ValueError(f"{op}: {other_name} is on {other.device}, but {name} is on {device}")
+        if other.dtype != dtype and not is_autocast(tensor):
+            raise TypeError(f"{op}: {other_name} is {other.dtype}, but {name} is {dtype}")
 
 
-def device(op: str, name: str, tensor: Tensor, others: dict[str, Tensor | None]) -> None:
-    """ValueError unless the others lie on the tensor's device."""
-    for other_name, other in others.items():
-        if other is not None and other.device != tensor.device:
-            raise ValueError(f"{op}: {other_name} is on {other.device}, but {name} is on {tensor.device}")
+def device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor | None) -> None:
+    """ValueError unless the other is None or lies on the tensor's device."""
+    if other is not None and other.device != tensor.device:
+        raise ValueError(f"{op}: {other_name} is on {other.device}, but {name} is on {tensor.device}")
 
 
-def norm(op: str, name: str, norm: str, biases: dict[str, Tensor | None]) -> None:
+def norm(op: str, name: str, norm: str, *biases: tuple[str, Tensor | None]) -> None:
     """ValueError unless the norm is known, and its biases None where it has none."""
+    if norm == "layer_norm":
+        return
     if norm not in NORMS:
         raise ValueError(f"{op}: {name} is {norm!r}; it must be one of {', '.join(NORMS)}")
-    for bias_name, bias in biases.items():
-        if norm == "rms_norm" and bias is not None:
-            raise ValueError(f"{op}: {bias_name} must be None, because rms_norm has no bias")
+    for bias_name, bias in biases:
+        if bias is not None:
+            raise ValueError(f"{op}: {bias_name} must be None, because {norm} has no bias")
 
 
 def goes_with(op: str, name: str, tensor: Tensor | None, other_name: str, other: Tensor | None) -> None:

@@ -42,16 +42,19 @@ def layer_norm_linear(
     if has_torch_function(tensors):
         return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
     op = "layer_norm_linear"
-    checks.rank(op, "x", x, "B N D")
+    checks.rank(op, "x", x, "B, N, D")
     checks.floating(op, "x", x)
-    checks.rank(op, "weight", weight, "O D")
-    dim = x.shape[-1]
-    checks.shape(op, "weight", weight, (weight.shape[0], dim))
-    checks.shape(op, "norm_weight", norm_weight, (dim,))
-    checks.shape(op, "norm_bias", norm_bias, (dim,))
-    checks.shape(op, "bias", bias, (weight.shape[0],))
-    checks.norm(op, "norm", norm, {"norm_bias": norm_bias})
-    alike = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
-    checks.like(op, "x", x, alike)
+    checks.rank(op, "weight", weight, "O, D")
+    checks.norm(op, "norm", norm, ("norm_bias", norm_bias))
+    dim, out_features = x.shape[-1], weight.shape[0]
+    checks.fit(
+        op,
+        "x",
+        x,
+        ("weight", weight, (out_features, dim)),
+        ("norm_weight", norm_weight, (dim,)),
+        ("norm_bias", norm_bias, (dim,)),
+        ("bias", bias, (out_features,)),
+    )
     backends.resolve(op, *tensors, eps=eps, norm=norm)
     return reference(*tensors, eps=eps, norm=norm)

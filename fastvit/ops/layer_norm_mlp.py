@@ -69,55 +69,50 @@ def layer_norm_mlp(
     tensors = (*required, *optional.values())
     if has_torch_function(tensors):
         return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
-    _check(*required, activation=activation, norm=norm, **optional)
-    backends.resolve("layer_norm_mlp", *required, **options)
+    op = "layer_norm_mlp"
+    _check_kinds(activation, norm, norm_bias, gate_weight, gate_bias, inner_norm_weight, inner_norm_bias)
+    checks.rank(op, "x", x, "B, N, D")
+    checks.floating(op, "x", x)
+    checks.rank(op, "fc2_weight", fc2_weight, "D, M")
+    dim, hidden = x.shape[-1], fc2_weight.shape[-1]
+    fc1_rows = 2 * hidden if activation in GATED and gate_weight is None else hidden
+    checks.fit(
+        op,
+        "x",
+        x,
+        ("norm_weight", norm_weight, (dim,)),
+        ("norm_bias", norm_bias, (dim,)),
+        ("fc1_weight", fc1_weight, (fc1_rows, dim)),
+        ("fc1_bias", fc1_bias, (fc1_rows,)),
+        ("fc2_weight", fc2_weight, (dim, hidden)),
+        ("fc2_bias", fc2_bias, (dim,)),
+        ("layer_scale", layer_scale, (dim,)),
+        ("sample_scale", sample_scale, (x.shape[0],)),
+        ("gate_weight", gate_weight, (hidden, dim)),
+        ("gate_bias", gate_bias, (hidden,)),
+        ("inner_norm_weight", inner_norm_weight, (hidden,)),
+        ("inner_norm_bias", inner_norm_bias, (hidden,)),
+    )
+    backends.resolve(op, *required, **options)
     return reference(*required, **options)
 
 
-def _check(
-    x,
-    norm_weight,
-    norm_bias,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    *,
-    activation,
-    norm,
-    gate_weight,
-    **optional,
+def _check_kinds(
+    activation: str,
+    norm: str,
+    norm_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    inner_norm_weight: Tensor | None,
+    inner_norm_bias: Tensor | None,
 ) -> None:
     op = "layer_norm_mlp"
-    if activation not in (*ACTIVATIONS, *GATED):
+    if activation not in ACTIVATIONS and activation not in GATED:
         known = ", ".join([*ACTIVATIONS, *GATED])
         raise ValueError(f"{op}: activation is {activation!r}; it must be one of {known}")
     if gate_weight is not None and activation not in GATED:
         gated = ", ".join(GATED)
         raise ValueError(f"{op}: activation {activation!r} has no gate; pass gate_weight only with {gated}")
-    checks.goes_with(op, "gate_bias", optional["gate_bias"], "gate_weight", gate_weight)
-    inner_weight, inner_bias = optional["inner_norm_weight"], optional["inner_norm_bias"]
-    checks.goes_with(op, "inner_norm_bias", inner_bias, "inner_norm_weight", inner_weight)
-    checks.norm(op, "norm", norm, {"norm_bias": norm_bias, "inner_norm_bias": inner_bias})
-    checks.rank(op, "x", x, "B N D")
-    checks.floating(op, "x", x)
-    checks.rank(op, "fc2_weight", fc2_weight, "D M")
-    dim, hidden = x.shape[-1], fc2_weight.shape[-1]
-    fc1_rows = 2 * hidden if activation in GATED and gate_weight is None else hidden
-    expected = {
-        "norm_weight": (norm_weight, (dim,)),
-        "norm_bias": (norm_bias, (dim,)),
-        "fc1_weight": (fc1_weight, (fc1_rows, dim)),
-        "fc1_bias": (fc1_bias, (fc1_rows,)),
-        "fc2_weight": (fc2_weight, (dim, hidden)),
-        "fc2_bias": (fc2_bias, (dim,)),
-        "layer_scale": (optional["layer_scale"], (dim,)),
-        "sample_scale": (optional["sample_scale"], (x.shape[0],)),
-        "gate_weight": (gate_weight, (hidden, dim)),
-        "gate_bias": (optional["gate_bias"], (hidden,)),
-        "inner_norm_weight": (inner_weight, (hidden,)),
-        "inner_norm_bias": (inner_bias, (hidden,)),
-    }
-    for name, (tensor, wanted) in expected.items():
-        checks.shape(op, name, tensor, wanted)
-    checks.like(op, "x", x, {name: tensor for name, (tensor, _) in expected.items()})
+    checks.goes_with(op, "gate_bias", gate_bias, "gate_weight", gate_weight)
+    checks.goes_with(op, "inner_norm_bias", inner_norm_bias, "inner_norm_weight", inner_norm_weight)
+    checks.norm(op, "norm", norm, ("norm_bias", norm_bias), ("inner_norm_bias", inner_norm_bias))

@@ -42,16 +42,20 @@ def linear_residual(
     if has_torch_function(tensors):
         return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales)
     op = "linear_residual"
-    checks.rank(op, "x", x, "B N K")
+    checks.rank(op, "x", x, "B, N, K")
     checks.floating(op, "x", x)
-    checks.rank(op, "weight", weight, "D K")
+    checks.rank(op, "weight", weight, "D, K")
     batch, tokens, in_features = x.shape
     dim = weight.shape[0]
-    checks.shape(op, "weight", weight, (dim, in_features))
-    checks.shape(op, "bias", bias, (dim,))
-    checks.shape(op, "residual", residual, (batch, tokens, dim))
-    checks.shape(op, "layer_scale", layer_scale, (dim,))
-    checks.shape(op, "sample_scale", sample_scale, (batch,))
-    checks.like(op, "x", x, {"weight": weight, "bias": bias, "residual": residual, **scales})
+    checks.fit(
+        op,
+        "x",
+        x,
+        ("weight", weight, (dim, in_features)),
+        ("bias", bias, (dim,)),
+        ("residual", residual, (batch, tokens, dim)),
+        ("layer_scale", layer_scale, (dim,)),
+        ("sample_scale", sample_scale, (batch,)),
+    )
     backends.resolve(op, *tensors[:4], **scales)
     return reference(*tensors[:4], **scales)

@@ -54,8 +54,8 @@ def _check(
     images: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, prefix: Tensor | None
 ) -> None:
     op = "patch_embed"
-    checks.rank(op, "images", images, "B C H W")
-    checks.rank(op, "weight", weight, "D C ph pw")
+    checks.rank(op, "images", images, "B, C, H, W")
+    checks.rank(op, "weight", weight, "D, C, ph, pw")
     channels, height, width = images.shape[1:]
     dim, in_channels, ph, pw = weight.shape
     if channels != in_channels:
@@ -65,19 +65,15 @@ def _check(
             f"{op}: images are {height}x{width}, not a multiple of the patch, {ph}x{pw}; resize, crop or pad"
         )
     checks.floating(op, "weight", weight)
-    alike = {"bias": bias, "pos_embed": pos_embed, "prefix": prefix}
-    if images.dtype != torch.uint8:
+    if images.dtype == torch.uint8:
+        checks.device(op, "weight", weight, "images", images)
+    else:
         checks.floating(op, "images (unless uint8)", images)
-        alike["images"] = images
-    elif images.device != weight.device:
-        raise ValueError(f"{op}: images are on {images.device}, but weight is on {weight.device}")
-    checks.like(op, "weight", weight, alike)
-    checks.shape(op, "bias", bias, (dim,))
+        checks.fit(op, "weight", weight, ("images", images, images.shape))
     num_prefix = 0
     if prefix is not None:
-        checks.rank(op, "prefix", prefix, "1 P D")
+        checks.rank(op, "prefix", prefix, "1, P, D")
         num_prefix = prefix.shape[1]
-        checks.shape(op, "prefix", prefix, (1, num_prefix, dim))
     num_patches = (height // ph) * (width // pw)
     fitting = (1, num_patches, dim), (1, num_prefix + num_patches, dim)
     if pos_embed is not None and pos_embed.shape not in fitting:
@@ -85,6 +81,14 @@ def _check(
             f"{op}: pos_embed must have shape {list(fitting[0])} or {list(fitting[1])}, for {num_patches} "
             f"patches and {num_prefix} prefix tokens; it has {list(pos_embed.shape)}"
         )
+    checks.fit(
+        op,
+        "weight",
+        weight,
+        ("bias", bias, (dim,)),
+        ("prefix", prefix, (1, num_prefix, dim)),
+        ("pos_embed", pos_embed, pos_embed.shape if pos_embed is not None else ()),
+    )
 
 
 def _per_channel(
@@ -95,6 +99,6 @@ def _per_channel(
     if not isinstance(value, Tensor):
         wide = torch.promote_types(weight.dtype, torch.float32)
         value = torch.as_tensor(value, dtype=wide, device=images.device)
-    checks.device("patch_embed", "images", images, {name: value})
-    checks.shape("patch_embed", name, value, (images.shape[1],))
+    checks.device("patch_embed", "images", images, name, value)
+    checks.fit("patch_embed", name, value, (name, value, (images.shape[1],)))
     return value
