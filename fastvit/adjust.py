@@ -67,7 +67,7 @@ class Adjustable:
             self.head = nn.Identity()
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Another image size (positions resized as ``pos_resize`` says) or patch size (FlexiViT's resampling)."""
+        """Another image size (positions resized by ``pos_resize``) or patch size (FlexiViT's resampling)."""
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old_grid:

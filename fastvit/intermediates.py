@@ -89,7 +89,7 @@ class Intermediates:
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks behind the last one taken, and norm and head if asked; the block numbers taken."""
+        """Drop the blocks behind the last one taken, and norm and head if asked; returns those taken."""
         taken = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max(taken) + 1]
         if prune_norm:

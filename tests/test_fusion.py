@@ -1,4 +1,4 @@
-"""A block runs as fused ops where that is the whole truth, and by modules where someone put something inside."""
+"""A block runs as fused ops where that is the whole truth, and by modules where something was put inside."""
 
 from collections import Counter
 

@@ -66,11 +66,22 @@ def test_same_seed_draws_the_same_weights(arguments):
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
-ATTRIBUTES = (
-    ["num_classes", "in_chans", "global_pool", "num_features", "head_hidden_size", "embed_dim"]
-    + ["num_prefix_tokens", "num_reg_tokens", "has_class_token", "no_embed_class", "pool_include_prefix"]
-    + ["dynamic_img_size", "grad_checkpointing", "feature_info"]
-)
+ATTRIBUTES = [
+    "num_classes",
+    "in_chans",
+    "global_pool",
+    "num_features",
+    "head_hidden_size",
+    "embed_dim",
+    "num_prefix_tokens",
+    "num_reg_tokens",
+    "has_class_token",
+    "no_embed_class",
+    "pool_include_prefix",
+    "dynamic_img_size",
+    "grad_checkpointing",
+    "feature_info",
+]
 
 
 def test_attributes_are_timms():

@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Another image size; another patch size by FlexiViT's resampling of the weight (arXiv 2212.08013)."""
+        """Another image size; another patch size by FlexiViT's resampling (arXiv 2212.08013)."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             self.patch_size = to_2tuple(patch_size)
             old = self.proj
