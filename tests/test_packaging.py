@@ -134,7 +134,9 @@ def test_metadata_needs_neither_torch_nor_pybind11(tree):
 def make(tree, *arguments, **environment):
     if not (tool := shutil.which("make")):
         pytest.skip("no make")
-    environment = os.environ | {"MAKEFLAGS": ""} | environment
+    # This suite is itself run by make, which tells the makes below it how deep they are.
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in outer} | environment
     done = subprocess.run(
         [tool, *arguments], cwd=tree, env=environment, capture_output=True, text=True, check=False
     )
