@@ -1,0 +1,295 @@
+"""Which backend an op runs on: the table, `use_backend`, the environment, and what is said about it."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fastvit import BackendUnavailable, backends, ops, use_backend
+from fastvit.backends import TABLE, Backend, describe, resolve
+from fastvit.regimes import OPS
+
+NAMED = [(op, row.name) for op, rows in TABLE.items() for row in rows[:-1]]
+
+
+def refusal(*args, **kwargs):
+    return "not today"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.setattr(backends, "_environment", {})
+    monkeypatch.setattr(backends, "_disabled", False)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table with backends that run and backends that do not, whatever this machine has."""
+    runs, refuses = (lambda *args, **kwargs: None), refusal
+    rows = {
+        "attention": (Backend("triton", refuses), Backend("cuda", runs), Backend("reference", runs)),
+        "linear_residual": (Backend("cuda", refuses), Backend("cpp", refuses), Backend("reference", runs)),
+        "patch_embed": (Backend("reference", runs),),
+    }
+    monkeypatch.setattr(backends, "TABLE", rows)
+    monkeypatch.setattr(backends, "_said", set())
+    return rows
+
+
+def test_the_table_has_every_op_and_ends_in_a_row_that_always_runs():
+    assert tuple(TABLE) == OPS
+    for rows in TABLE.values():
+        assert rows[-1].name == "reference"
+        assert rows[-1].can_run("anything", at="all") is None
+        assert len({row.name for row in rows}) == len(rows)
+
+
+def test_auto_takes_the_first_that_runs(table):
+    assert [resolve(op) for op in table] == ["cuda", "reference", "reference"]
+
+
+@pytest.mark.parametrize(("op", "name"), NAMED)
+def test_a_named_backend_runs_or_says_why_not(op, name):
+    (row,) = (row for row in TABLE[op] if row.name == name)
+    x = torch.randn(2, 5, 48)
+    reason = row.can_run(x)
+    with use_backend(**{op: name}):
+        if reason is None:
+            assert resolve(op, x) == name
+            return
+        with pytest.raises(BackendUnavailable) as raised:
+            resolve(op, x)
+    assert str(raised.value) == f"{op}: backend {name!r} cannot run: {reason}"
+
+
+def test_a_named_backend_never_falls_back(table):
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendUnavailable, match="attention: backend 'triton' cannot run: not today"),
+    ):
+        ops.attention(torch.randn(1, 3, 24), 2)
+    with use_backend("cpp"), pytest.raises(BackendUnavailable, match="'cpp' cannot run: not today"):
+        ops.linear_residual(torch.ones(1, 1, 1), torch.ones(1, 1), None, torch.ones(1, 1, 1))
+
+
+def test_ops_without_the_named_backend_resolve_as_auto(table):
+    with use_backend("cpp"):
+        assert resolve("attention") == "cuda"
+        assert resolve("patch_embed") == "reference"
+    with use_backend("reference"), use_backend("cpp"):
+        assert resolve("attention") == "cuda"
+
+
+def test_per_op_and_nested(table):
+    with use_backend("reference"):
+        assert resolve("attention") == "reference"
+        with use_backend(attention="cuda"):
+            assert resolve("attention") == "cuda"
+            assert resolve("linear_residual") == "reference"
+            with use_backend(attention="auto"), use_backend():
+                assert resolve("attention") == "cuda"
+            with use_backend("triton", attention="reference"):
+                assert resolve("attention") == "reference"
+        assert resolve("attention") == "reference"
+    assert resolve("attention") == "cuda"
+
+
+def test_auto_named_inside_undoes_a_name_outside(table):
+    with use_backend("reference"), use_backend("auto"):
+        assert resolve("attention") == "cuda"
+
+
+def test_restored_after_an_exception():
+    before = list(backends._stack)
+    with pytest.raises(KeyError), use_backend("reference"), use_backend(attention="reference"):
+        raise KeyError
+    assert backends._stack == before
+
+
+def test_as_a_decorator(table):
+    @use_backend(attention="reference")
+    def inside(depth=1):
+        return [resolve("attention"), *(inside(depth - 1) if depth else [])]
+
+    assert inside() == ["reference", "reference"]
+    assert inside() == ["reference", "reference"]
+    assert resolve("attention") == "cuda"
+
+
+def test_holds_for_other_threads():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested("attention")))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (("tritom",), {}, "unknown backend 'tritom'; the backends are auto, triton, reference, cuda, cpp"),
+        ((), {"attention": "fast"}, "unknown backend 'fast'; the backends are auto,"),
+        (
+            (),
+            {"softmax": "triton"},
+            "unknown op 'softmax'; the ops are patch_embed, layer_norm_linear, attention,",
+        ),
+        ((), {"attention": "cpp"}, "attention has no backend 'cpp'; it has triton, reference"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(args, kwargs, message):
+    with pytest.raises(ValueError, match="unknown|has no backend") as raised:
+        use_backend(*args, **kwargs)
+    assert str(raised.value).startswith(message)
+
+
+def test_each_reason_is_said_once(table, caplog):
+    caplog.set_level(logging.INFO, "fastvit")
+    for _ in range(3):
+        resolve("attention")
+        resolve("linear_residual")
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: not triton: not today",
+        "linear_residual: not cuda: not today",
+        "linear_residual: not cpp: not today",
+    ]
+
+
+def test_a_named_backend_is_not_commented_on(table, caplog):
+    caplog.set_level(logging.INFO, "fastvit")
+    with use_backend("cuda", linear_residual="reference"):
+        resolve("attention")
+        resolve("linear_residual")
+    assert caplog.records == []
+
+
+def test_describe_says_what_resolve_does(table):
+    for requested in ("auto", "reference", "cpp", "triton"):
+        with use_backend(requested):
+            for op, chosen, why in describe():
+                if chosen == "unavailable":
+                    with pytest.raises(BackendUnavailable) as raised:
+                        resolve(op)
+                    assert why == str(raised.value)
+                else:
+                    assert chosen == resolve(op)
+    reasons = {op: why for op, _, why in describe()}
+    assert "triton: not today" in reasons["attention"]
+    assert all(word in reasons["linear_residual"] for word in ("cuda", "cpp", "not today"))
+    assert reasons["patch_embed"] == "first in the table"
+    with use_backend(attention="reference"):
+        assert describe()[0] == ("attention", "reference", "asked for by name")
+
+
+def test_describe_of_this_machine_is_what_runs_here():
+    assert [(op, chosen) for op, chosen, _ in describe()] == [(op, resolve(op)) for op in OPS]
+
+
+# A block around the compiled call, one within it, and one entered by a decorator.
+@pytest.mark.parametrize("place", ["outside", "inside", "decorator"])
+def test_compiles_whole_under_use_backend(place):
+    def plain(x):
+        return ops.attention(x, 2) + 1
+
+    @use_backend("reference")
+    def decorated(x):
+        return plain(x)
+
+    def inside(x):
+        with use_backend("reference"):
+            return plain(x)
+
+    torch.compiler.reset()
+    function = {"outside": plain, "inside": inside, "decorator": decorated}[place]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 48)
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(x), function(x))
+    assert backends._stack == []
+
+
+def test_a_compiled_function_follows_a_change_of_backend(monkeypatch):
+    refuses = (Backend("triton", refusal), TABLE["attention"][-1])
+    monkeypatch.setitem(backends.TABLE, "attention", refuses)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: ops.attention(x, 2), backend="aot_eager")
+    x = torch.randn(2, 5, 48)
+    compiled(x)
+    with use_backend("triton"), pytest.raises(Exception, match="not today"):
+        compiled(x)
+
+
+def python(code, **environment):
+    """What a fresh process prints, its environment free of our variables but for those given."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTVIT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_environment_names_backends():
+    code = """
+from fastvit import backends
+from fastvit.backends import requested, use_backend
+print(requested("attention"), requested("patch_embed"), requested("linear_residual"), sep=" ")
+with use_backend("auto"):
+    print(requested("attention"))
+for text in ("tritom", "attention=fast", "softmax=triton", "attention=cpp", "=triton", " , "):
+    try:
+        print(backends.parse(text))
+    except ValueError as error:
+        print(error)
+"""
+    printed = python(code, FASTVIT_BACKEND=" attention = reference, triton ,")
+    assert printed == [
+        "reference triton auto",
+        "auto",
+        "unknown backend 'tritom'; the backends are auto, triton, reference, cuda, cpp",
+        "unknown backend 'fast'; the backends are auto, triton, reference, cuda, cpp",
+        f"unknown op 'softmax'; the ops are {', '.join(OPS)}",
+        "attention has no backend 'cpp'; it has triton, reference",
+        f"unknown op ''; the ops are {', '.join(OPS)}",
+        "{}",
+    ]
+
+
+def test_a_bad_environment_is_one_line_at_import():
+    code = """
+try:
+    import fastvit
+except ValueError as error:
+    print(error)
+"""
+    assert python(code, FASTVIT_BACKEND="attention=fast") == [
+        "FASTVIT_BACKEND: unknown backend 'fast'; the backends are auto, triton, reference, cuda, cpp"
+    ]
+
+
+def test_disabled_by_the_environment():
+    code = """
+from fastvit import BackendUnavailable
+from fastvit.backends import TABLE, Backend, describe, resolve, use_backend
+TABLE["attention"] = (Backend("triton", lambda *args: None), *TABLE["attention"][1:])
+print([(op, chosen) for op, chosen, why in describe() if why != "FASTVIT_DISABLE is set"])
+print({resolve(op) for op in TABLE})
+with use_backend("reference"):
+    print(resolve("attention"))
+try:
+    with use_backend("triton"):
+        resolve("attention")
+except BackendUnavailable as error:
+    print(error)
+"""
+    assert python(code, FASTVIT_DISABLE="1") == [
+        "[]",
+        "{'reference'}",
+        "reference",
+        "attention: backend 'triton' was asked for, but FASTVIT_DISABLE is set",
+    ]
