@@ -75,11 +75,13 @@ def parse(text: str) -> dict[str, str]:
     return requested
 
 
+# A mistake in the environment is raised by the first op, not by the import.
+_environment: dict[str, str] | ValueError
 try:
     _environment = parse(os.environ.get("FASTVIT_BACKEND", ""))
 except ValueError as error:
-    raise ValueError(f"FASTVIT_BACKEND: {error}") from None
-_disabled = os.environ.get("FASTVIT_DISABLE", "0") not in ("", "0")
+    _environment = ValueError(f"FASTVIT_BACKEND: {error}")
+_disabled = os.environ.get("FASTVIT_DISABLE", "").lower() not in ("", "0", "false", "no", "off")
 
 # A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
 _stack: list[dict[str, str]] = []
@@ -110,13 +112,17 @@ class use_backend(ContextDecorator):
         return self
 
     def __exit__(self, *exc_info) -> None:
-        _stack.pop()
+        # Not simply the last: another thread may have entered since.
+        last = max(i for i, frame in enumerate(_stack) if frame is self.requested)
+        del _stack[last]
 
 
 def requested(op: str) -> str:
     """The backend that the innermost ``use_backend``, else the environment, names for this op."""
     if not _stack and not _environment:
         return "auto"
+    if isinstance(_environment, ValueError):
+        raise _environment
     for frame in (*reversed(_stack), _environment):
         name = frame.get(op) or frame.get("*")
         if name is not None:

@@ -66,6 +66,11 @@ def pick_device(device: str | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}; try cpu or cuda") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: torch sees no CUDA GPU here")
+    try:
+        torch.ones(1, device=place).item()
+    except Exception as error:  # each device's runtime fails with types of its own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason:.120}") from None
     return place
 
 

@@ -1,4 +1,7 @@
-"""The errors fastvit raises on purpose. Each message is one line: what was wrong, and what to do."""
+"""The errors fastvit raises on purpose: one line that says what was wrong and what to do.
+
+Only where keys or checks are to be listed do lines follow, one for each.
+"""
 
 
 class FastvitError(Exception):

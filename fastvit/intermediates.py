@@ -55,6 +55,8 @@ class Intermediates:
         prefixes = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
         outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
         if output_fmt == "NCHW":
+            if self.training and getattr(self.patch_drop, "prob", 0.0):
+                raise ValueError("patch dropout leaves no feature map in training: ask for output_fmt='NLC'")
             outputs = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in outputs]
         with_prefixes = return_prefix_tokens and prefixes is not None
         if output_dict:
@@ -112,6 +114,7 @@ def take_indices(depth: int, indices: Indices) -> list[int]:
         if not 0 < indices <= depth:
             raise ValueError(f"the last {indices} blocks were asked for; the model has {depth}")
         return list(range(depth - indices, depth))
+    indices = list(indices)
     taken = [depth + index if index < 0 else index for index in indices]
     for given, index in zip(indices, taken, strict=True):
         if not 0 <= index < depth:

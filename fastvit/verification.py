@@ -72,10 +72,12 @@ def verify(
 ) -> Report:
     """Judge a model, block by block and whole, by its own copy in float64 and by torch's own ops.
 
+    Everything runs in evaluation mode: where dropout draws anew each time, there is nothing to compare.
+
     Args:
-        model: a ViT whose blocks are ``model.blocks``; it is run as it is, in its own mode, and not changed.
-        x: images [B, C, H, W] in the model's dtype.
-        backward: judge the gradient of every parameter too.
+        model: a ViT whose blocks are ``model.blocks``; left as it was.
+        x: images [B, C, H, W], floating, in the model's dtype, at least one.
+        backward: judge the gradient of every parameter that requires one too.
         oracle: another implementation of the same model with the same weights, to judge by: it is copied to
             float64 for the truth, and run in the model's dtype for torch's own error. By default the model
             itself, on the reference ops.
@@ -83,7 +85,17 @@ def verify(
 
     Returns:
         Rows "embed", "blocks.0" ..., "output" and "top-1", and with ``backward`` a row a parameter.
+
+    Raises:
+        TypeError: if x is not floating.
+        ValueError: if there is nothing to judge: no image, or ``backward`` of a wholly frozen model.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"verify needs floating images, because float64 is the oracle; x is {x.dtype}")
+    if x.numel() == 0:
+        raise ValueError(f"verify needs at least one image; x has shape {list(x.shape)}")
+    if backward and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("verify(backward=True) needs a parameter that requires a gradient; all are frozen")
     on_step = on_step or (lambda name: None)
     on_step("model")
     own = _trace(model, x, backward)
@@ -109,7 +121,7 @@ def verify(
 def _trace(model: nn.Module, x: Tensor, backward: bool) -> dict[str, Tensor]:
     """Outputs by the name of what made them, and gradients by the parameter's name."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.set_grad_enabled(backward), _recorded(model) as values:
+    with torch.set_grad_enabled(backward), _evaluating(model), _recorded(model) as values:
         values["output"] = output = model(x)
     if backward:
         # Not all ones: a gradient whose rows all agree hides a transposition.
@@ -118,6 +130,17 @@ def _trace(model: nn.Module, x: Tensor, backward: bool) -> dict[str, Tensor]:
         grads = torch.autograd.grad(output, list(parameters.values()), grad, allow_unused=True)
         values |= {f"grad {name}": g for name, g in zip(parameters, grads, strict=True) if g is not None}
     return {name: value.detach() for name, value in values.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

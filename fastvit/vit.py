@@ -17,6 +17,7 @@ from .layers.block import Block
 from .layers.mlp import Mlp
 from .layers.norm import LayerNorm, get_norm_layer
 from .layers.patch_embed import PatchEmbed
+from .layers.plain import weight_and_bias
 from .layers.pool import POOLS, AttentionPoolLatent, AttentionPoolPrr, global_pool_nlc
 from .layers.pos_embed import POS_RESIZE
 from .layers.regularization import PatchDropout
@@ -207,6 +208,7 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw every weight anew by ``mode``, or by the constructor's ``weight_init``."""
         mode = mode or self.weight_init_mode
+        _one_of("weight_init", mode, INIT_MODES)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -215,10 +217,14 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         init_weights(self, mode, head_bias, needs_reset)
         if self.fix_init:
-            with torch.no_grad():
-                for i, block in enumerate(self.blocks):
-                    block.attn.proj.weight.div_(math.sqrt(2.0 * (i + 1)))
-                    block.mlp.fc2.weight.div_(math.sqrt(2.0 * (i + 1)))
+            self.fix_init_weight()
+
+    @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """Divide the output projections by sqrt(2 * block number), as BEiT does (arXiv 2106.08254)."""
+        for number, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] to logits [B, num_classes] (or features, without classifier)."""
@@ -227,8 +233,11 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, C, H, W] to tokens [B, P + N, D] after the final norm."""
         x = self._embed(x)
-        for block in self.blocks:
-            x = self._run(block, x, attn_mask, is_causal)
+        if attn_mask is not None or is_causal or self.grad_checkpointing:
+            for block in self.blocks:
+                x = self._run(block, x, attn_mask, is_causal)
+        else:
+            x = self.blocks(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -246,35 +255,45 @@ class VisionTransformer(Intermediates, Adjustable, nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """Images to tokens with prefix and positions, up to the first block."""
         embed = self.patch_embed
-        if isinstance(embed, PatchEmbed) and embed.is_fusable():
-            images = embed.fit(images)
-            grid = embed.dynamic_feat_size(images.shape[-2:])
-            x = ops.patch_embed(
-                images, embed.proj.weight, embed.proj.bias, self._positions(grid), self._prefix()
-            )
-            x = self.pos_drop(x)
+        adds_positions = (
+            type(self)._pos_embed is VisionTransformer._pos_embed and "_pos_embed" not in self.__dict__
+        )
+        if isinstance(embed, PatchEmbed) and embed.is_fusable() and adds_positions:
+            images = embed.fit(images, crop=True)
+            positions = self._positions(embed.dynamic_feat_size(images.shape[-2:]))
+            x = ops.patch_embed(images, *weight_and_bias(embed.proj), positions, self._prefix())
+            x = x if positions is None else self.pos_drop(x)
         else:
             x = self._pos_embed(embed(images))
         return self.norm_pre(self.patch_drop(x))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Prefix and positions for an embedding layer of another kind: [B, H, W, D] or [B, N, D] tokens."""
-        pos_embed = self._positions(tuple(x.shape[1:3]) if x.ndim == 4 else self.patch_embed.grid_size)
+        positions = self._positions(tuple(x.shape[1:-1]))
         x = x.flatten(1, -2)
-        if pos_embed is not None and self.no_embed_class:
-            x, pos_embed = x + pos_embed, None
+        if positions is not None and self.no_embed_class:
+            x = x + positions
         if self.num_prefix_tokens:
             x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x if pos_embed is None else x + pos_embed)
+        if positions is None:
+            return x
+        return self.pos_drop(x if self.no_embed_class else x + positions)
 
     def _prefix(self) -> Tensor | None:
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat(tokens, dim=1) if len(tokens) > 1 else (tokens or [None])[0]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
-        if self.pos_embed is None or not self.dynamic_img_size:
-            return self.pos_embed
-        return self._resized_positions(grid, self.patch_embed.grid_size)
+        if self.pos_embed is None:
+            return None
+        if self.dynamic_img_size:
+            return self._resized_positions(grid, self.patch_embed.grid_size)
+        # The op would take both forms, with rows for the prefix and without: only one is this model's.
+        rows = self.patch_embed.num_patches + (0 if self.no_embed_class else self.num_prefix_tokens)
+        given = self._parameters.get("pos_embed")
+        if given is not None and given.shape[1] != rows:
+            raise ValueError(f"pos_embed has {given.shape[1]} rows; this model has {rows} positions")
+        return self.pos_embed
 
     def _run(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None or is_causal:

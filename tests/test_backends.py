@@ -260,10 +260,26 @@ for text in ("tritom", "attention=fast", "softmax=triton", "attention=cpp", "=tr
     ]
 
 
-def test_a_bad_environment_is_one_line_at_import():
+def test_leaving_takes_ones_own_frame_not_the_last():
+    """Another thread may leave between our entering and our leaving."""
+    first, second = use_backend("reference"), use_backend(attention="triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    try:
+        with pytest.raises(BackendUnavailable):
+            resolve("attention")
+    finally:
+        second.__exit__(None, None, None)
+    assert resolve("attention") == "reference"
+
+
+def test_a_bad_environment_is_one_line_at_the_first_op():
     code = """
+import fastvit
+from fastvit.backends import resolve
 try:
-    import fastvit
+    resolve("attention")
 except ValueError as error:
     print(error)
 """

@@ -98,6 +98,7 @@ def test_a_failed_check_is_a_non_zero_exit(run, monkeypatch):
         ),
         (["verify", "vit_tiny_patch16_224", "--checkpoint", "none.pth"], "none.pth: No such file"),
         (["verify", "vit_tiny_patch16_224", "--device", "gpu"], "unknown device 'gpu'; try cpu or cuda"),
+        (["verify", "vit_tiny_patch16_224", "--device", "meta"], "device 'meta' cannot be used here"),
         (["demo", "--photos", "no-such-folder"], "no-such-folder is missing; give a folder of photos"),
     ],
 )

@@ -46,6 +46,28 @@ def test_compile_does_not_recompile_over_a_batch_sweep():
             assert compiled(torch.randn(batch, 3, 32, 32)).shape == (batch, 5)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_compile_of_dynamic_image_sizes(train):
+    torch._dynamo.reset()
+    vit = model(dynamic_img_size=True)
+    compiled = torch.compile(vit, backend="aot_eager")
+    for height, width in [(32, 32), (64, 64), (48, 40)]:
+        x = torch.randn(2, 3, height, width)
+        with torch.set_grad_enabled(train):
+            out = compiled(x)
+        torch.testing.assert_close(out, vit(x))
+        if train:
+            out.sum().backward()
+
+
+def test_export_with_dynamic_image_sizes():
+    vit, auto = model(dynamic_img_size=True), torch.export.Dim.AUTO
+    shapes = ({0: auto, 2: auto, 3: auto}, None, None)
+    program = torch.export.export(vit, (torch.randn(2, 3, 32, 32), None, False), dynamic_shapes=shapes)
+    x = torch.randn(3, 3, 64, 48)
+    torch.testing.assert_close(program.module()(x, None, False), vit(x))
+
+
 def test_compile_follows_use_backend():
     torch._dynamo.reset()
     compiled = torch.compile(model(), fullgraph=True, backend="aot_eager")

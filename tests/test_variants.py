@@ -14,6 +14,8 @@ from fastvit.layers.pos_embed import resize_pos_embed
 from fastvit.variants import VARIANTS, get_variant
 from fastvit.verification import randomize
 
+DATA = ("input_size", "interpolation", "crop_pct", "num_classes", "first_conv", "classifier")
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_full_size_keys_shapes_and_settings_are_timms(name):
@@ -26,6 +28,7 @@ def test_full_size_keys_shapes_and_settings_are_timms(name):
     assert ours.patch_embed.img_size == config["input_size"][1:]
     if "laion" not in (config["tag"] or ""):  # those CLIP weights were fine-tuned with another mean
         assert (variant.family.mean, variant.family.std) == (config["mean"], config["std"])
+    assert {key: ours.pretrained_cfg[key] for key in DATA} == {key: config[key] for key in DATA}
 
 
 def _depth(arguments: dict) -> int:
@@ -90,6 +93,27 @@ def test_checkpoint_already_at_the_size_asked_for(tmp_path):
         "vit_tiny_patch16_224", tmp_path / "small.pth", depth=1, num_classes=0, img_size=96
     )
     assert torch.equal(ours.pos_embed, model.pos_embed)
+
+
+def test_checkpoint_without_a_classifier_gets_a_new_one(tmp_path):
+    _, model = twins("vit_small_patch14_dinov2", depth=1, img_size=98)
+    torch.save(model.state_dict(), tmp_path / "dino.pth")
+    arguments = {"depth": 1, "img_size": 98}
+    ours = fastvit.create_model(
+        "vit_small_patch14_dinov2", tmp_path / "dino.pth", num_classes=10, **arguments
+    )
+    assert ours.head.out_features == 10
+    assert torch.equal(ours.norm.weight, model.norm.weight)
+
+
+# 14x14 positions have as many rows as 7x28, and 24x24 of a model tuned at another size are no variant's.
+@pytest.mark.parametrize(("file_size", "img_size"), [(224, (112, 448)), (384, 448), (384, 224)])
+def test_checkpoint_brings_its_own_grid(tmp_path, file_size, img_size):
+    _, model = twins("vit_tiny_patch16_224", depth=1, img_size=file_size)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    ours = fastvit.create_model("vit_tiny_patch16_224", tmp_path / "w.pth", depth=1, img_size=img_size)
+    model.set_input_size(img_size)
+    torch.testing.assert_close(ours.pos_embed, model.pos_embed)
 
 
 def test_checkpoint_of_another_model_names_file_and_keys(checkpoint):

@@ -8,6 +8,7 @@ from timm_twins import twins
 
 import fastvit
 from fastvit import ParityError, VisionTransformer, ops
+from fastvit.gemm_libraries import gemm_libraries
 from fastvit.verification import op_cases, randomize, verify_op
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -60,6 +61,36 @@ def test_the_model_is_left_as_it_was(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+
+
+def test_dropout_cannot_excuse_a_wrong_model():
+    ours, theirs = twins("vit_tiny_patch16_224", depth=2, img_size=64, drop_path_rate=0.5)
+    with torch.no_grad():
+        theirs.blocks[1].mlp.fc2.weight.mul_(1.3)
+    x = torch.randn(2, 3, 64, 64)
+    assert not fastvit.verify(ours.train(), x, oracle=theirs.train()).ok
+    assert ours.training
+    assert theirs.blocks[0].training
+
+
+def test_what_cannot_be_judged_is_refused(model):
+    with pytest.raises(TypeError, match="verify needs floating images"):
+        fastvit.verify(model, (X * 0).to(torch.uint8))
+    with pytest.raises(ValueError, match="at least one image"):
+        fastvit.verify(model, X[:0])
+    with pytest.raises(ValueError, match="all are frozen"):
+        fastvit.verify(model.requires_grad_(False), X, backward=True)
+
+
+def test_torchs_other_gemm_library_is_a_baseline_of_our_own_model():
+    ours, _ = twins("vit_tiny_patch16_224", depth=1)
+    x = torch.randn(1, 3, 224, 224)
+    outputs = []
+    for _, context in gemm_libraries("cpu"):
+        with context(), torch.no_grad():
+            outputs.append(ours(x))
+    assert len(outputs) == 2
+    assert not torch.equal(*outputs)
 
 
 def test_models_without_blocks_are_judged_whole():

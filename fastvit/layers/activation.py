@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference.activations import quick_gelu
-from .plain import is_plain
+from ..reference.activations import ACTIVATIONS, quick_gelu
+from .plain import is_plain, known
 
 
+@known
 class GELUTanh(nn.Module):
     """GELU by the tanh approximation (arXiv 1606.08415), as SigLIP's larger towers were trained with."""
 
@@ -16,6 +17,7 @@ class GELUTanh(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
+@known
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), as OpenAI's CLIP was trained with."""
 
@@ -23,6 +25,7 @@ class QuickGELU(nn.Module):
         return quick_gelu(x)
 
 
+# The first are known to the ops; with any other, the MLP runs module by module.
 ACT_LAYERS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": GELUTanh,
@@ -30,6 +33,16 @@ ACT_LAYERS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "swish": nn.SiLU,
     "relu": nn.ReLU,
+    "celu": nn.CELU,
+    "elu": nn.ELU,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "hard_swish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+    "relu6": nn.ReLU6,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
 }
 
 
@@ -50,7 +63,7 @@ def get_act_layer(act_layer: str | Callable[..., nn.Module] | None) -> Callable[
     return ACT_LAYERS[act_layer]
 
 
-_NAMES = {layer: name for name, layer in reversed(ACT_LAYERS.items())}
+_NAMES = {layer: name for name, layer in reversed(ACT_LAYERS.items()) if name in ACTIVATIONS}
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .norm import norm_arguments
-from .plain import is_identity
+from .plain import is_identity, is_plain, known
 
 
+@known
 class Attention(nn.Module):
     """QKV projection, attention, output projection; q/k norm and a norm before the projection as options."""
 
@@ -41,6 +42,7 @@ class Attention(nn.Module):
         self.head_dim = attn_head_dim
         self.attn_dim = num_heads * attn_head_dim
         self.scale = attn_head_dim**-0.5
+        self.fused_attn = True  # False: the attention weights pass through attn_drop, where hooks see them
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
         self.q_norm = norm_layer(attn_head_dim, **dd) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(attn_head_dim, **dd) if qk_norm else nn.Identity()
@@ -57,16 +59,27 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """What lies between the projections: packed [B, N, 3 * H * d] to [B, N, H * d]."""
         parts = self._modules
-        q_norm, k_norm, norm = parts["q_norm"], parts["k_norm"], parts["norm"]
-        common = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": self.scale}
-        common["dropout_p"] = parts["attn_drop"].p if self.training else 0.0
+        q_norm, k_norm, norm, attn_drop = parts["q_norm"], parts["k_norm"], parts["norm"], parts["attn_drop"]
         qk_norm = qk_norm_arguments(q_norm, k_norm)
-        if qk_norm is not None:
-            x = ops.attention(qkv, self.num_heads, **common, **qk_norm)
+        if self.fused_attn and qk_norm is not None and is_plain(attn_drop, nn.Dropout):
+            dropout_p = attn_drop.p if self.training else 0.0
+            masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+            x = ops.attention(qkv, self.num_heads, self.scale, dropout_p=dropout_p, **masks, **qk_norm)
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-            x = F.scaled_dot_product_attention(q_norm(q), k_norm(k), v, **common).transpose(1, 2).flatten(2)
+            weights = attention_weights(q_norm(q) * self.scale, k_norm(k), attn_mask, is_causal)
+            x = (attn_drop(weights) @ v).transpose(1, 2).flatten(2)
         return x if is_identity(norm) else norm(x)
+
+
+def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """softmax(q k^T + mask) [B, H, N, N] of scaled q, and k, [B, H, N, d]."""
+    if is_causal:
+        attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+    logits = q @ k.transpose(-2, -1)
+    return (logits if attn_mask is None else logits + attn_mask).softmax(dim=-1)
 
 
 def qk_norm_arguments(q_norm: nn.Module, k_norm: nn.Module) -> dict | None:

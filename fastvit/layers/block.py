@@ -1,5 +1,6 @@
 """The pre-norm transformer block, with timm's arguments and parameter names, on the four fused ops."""
 
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class Block(nn.Module):
                 raise ValueError(f"unknown attn_layer {attn_layer!r}; pass 'attn' or a class")
             attn_layer = ATTN_LAYERS[attn_layer]
         self.norm1 = norm_layer(dim, **dd)
+        takes_depth = "depth" in inspect.signature(attn_layer).parameters
         self.attn = attn_layer(
             dim,
             num_heads=num_heads,
@@ -61,6 +63,7 @@ class Block(nn.Module):
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             norm_layer=norm_layer,
+            **({"depth": depth} if takes_depth else {}),
             **dd,
         )
         self.ls1 = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
@@ -88,15 +91,13 @@ class Block(nn.Module):
         norm = norm_arguments(parts["norm1"])
         if norm is None or not _is_scaling(layer_scale, drop_path) or not is_plain(attn, Attention):
             return self._attention_half_by_modules(x, attn_mask, is_causal)
-        qkv, proj = attn._modules["qkv"], attn._modules["proj"]
-        dropouts_idle = is_plain(attn._modules["attn_drop"], nn.Dropout) and is_identity(
-            attn._modules["proj_drop"]
-        )
-        if not (dropouts_idle and is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
+        qkv, proj, proj_drop = (attn._modules[name] for name in ("qkv", "proj", "proj_drop"))
+        if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear) and is_identity(proj_drop)):
             return self._attention_half_by_modules(x, attn_mask, is_causal)
-        packed = ops.layer_norm_linear(
-            x, norm.weight, norm.bias, *weight_and_bias(qkv), eps=norm.eps, norm=norm.norm
-        )
+        weight, bias = weight_and_bias(qkv)
+        if norm.weight is not None and norm.weight.dtype != weight.dtype:
+            return self._attention_half_by_modules(x, attn_mask, is_causal)
+        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, bias, eps=norm.eps, norm=norm.norm)
         tokens = attn.attend(packed, attn_mask, is_causal)
         return ops.linear_residual(tokens, *weight_and_bias(proj), x, **_scales(layer_scale, drop_path, x))
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .activation import activation_name
 from .norm import NormArguments, norm_arguments
-from .plain import is_identity, is_plain, weight_and_bias
+from .plain import is_identity, is_plain, known, weight_and_bias
 
 
+@known
 class Mlp(nn.Module):
     """fc1, activation, fc2; an optional norm before fc2."""
 
@@ -53,6 +54,7 @@ class Mlp(nn.Module):
         return _common_arguments(self, norm, fc1, activation)
 
 
+@known
 class GluMlp(nn.Module):
     """Gated MLP with one projection for value and gate (arXiv 2002.05202)."""
 
@@ -109,6 +111,7 @@ class GluMlp(nn.Module):
 SwiGLUPacked = partial(GluMlp, act_layer=nn.SiLU, gate_last=False)
 
 
+@known
 class SwiGLU(nn.Module):
     """Gated MLP with a projection each for value and gate (arXiv 2002.05202)."""
 
@@ -171,6 +174,8 @@ def _common_arguments(mlp: nn.Module, norm: NormArguments, fc1: nn.Linear, activ
     arguments = {"eps": norm.eps, "norm": norm.norm, "norm_weight": norm.weight, "norm_bias": norm.bias}
     arguments["fc1_weight"], arguments["fc1_bias"] = weight_and_bias(fc1)
     arguments["fc2_weight"], arguments["fc2_bias"] = weight_and_bias(fc2)
+    if norm.weight is not None and norm.weight.dtype != arguments["fc1_weight"].dtype:
+        return None
     arguments["activation"] = activation
     if not is_identity(inner_norm):
         inner = norm_arguments(inner_norm)

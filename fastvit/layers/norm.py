@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .plain import is_plain, weight_and_bias
+from .plain import is_plain, known, weight_and_bias
 
 
+@known
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm with timm's defaults and argument names."""
 
@@ -15,6 +16,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(num_channels, eps=eps, elementwise_affine=affine, **kwargs)
 
 
+@known
 class RmsNorm(nn.RMSNorm):
     """nn.RMSNorm with timm's defaults, argument names and class name."""
 

@@ -1,19 +1,21 @@
 """The patch projection, with timm's arguments and parameter names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_identity, is_plain
+from ..reference.patch_embed import to_unit_range
+from .plain import is_identity, is_plain, known
 
 
-def to_2tuple(value: int | tuple[int, int]) -> tuple[int, int]:
-    """(n, n) from n; pairs pass through."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+def to_2tuple(value: int | Iterable[int]) -> tuple[int, int]:
+    """(n, n) from n; pairs become tuples."""
+    return tuple(value) if isinstance(value, Iterable) else (value, value)
 
 
+@known
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through one convolution (arXiv 2010.11929)."""
 
@@ -91,25 +93,48 @@ class PatchEmbed(nn.Module):
             return -(-height // ph), -(-width // pw)
         return height // ph, width // pw
 
-    def fit(self, images: Tensor) -> Tensor:
-        """Check the images' size, and pad or crop them to whole patches: see ``fit_images``."""
-        size = self.img_size if self.strict_img_size else None
+    def fit(self, images: Tensor, *, crop: bool = False, to_dtype: torch.dtype | None = None) -> Tensor:
+        """Images of a size that this model takes, padded if it pads: see ``fit_images``."""
         return fit_images(
-            images, self.proj.in_channels, self.patch_size, size, self.dynamic_img_pad, self.img_size is None
+            images,
+            in_chans=self.proj.weight.shape[1] * self.proj.groups,
+            patch_size=self.patch_size,
+            img_size=self.img_size if self.strict_img_size else None,
+            any_size=self.img_size is None,
+            pad=self.dynamic_img_pad,
+            crop=crop,
+            to_dtype=to_dtype,
         )
 
     def is_fusable(self) -> bool:
         """True if nothing here needs its own forward, so that the op `patch_embed` can do it all."""
-        return is_plain(self, PatchEmbed) and is_plain(self.proj, nn.Conv2d) and is_identity(self.norm)
+        return (
+            is_plain(self, PatchEmbed)
+            and is_plain(self.proj, nn.Conv2d)
+            and is_identity(self.norm)
+            and _cuts_patches(self.proj, self.patch_size)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, N, D], or to the 4-D ``output_fmt``."""
-        x = self.proj(self.fit(images))
+        """[B, C, H, W] to [B, N, D], or to the 4-D ``output_fmt``; uint8 is divided by 255."""
+        if isinstance(self.proj, nn.Conv2d):
+            images = self.fit(images, to_dtype=self.proj.weight.dtype)
+        x = self.proj(images)
         if self.flatten or self.output_fmt == "NLC":
             x = x.flatten(2).transpose(1, 2)
         elif self.output_fmt == "NHWC":
             x = x.permute(0, 2, 3, 1)
         return self.norm(x)
+
+
+def _cuts_patches(proj: nn.Conv2d, patch_size: tuple[int, int]) -> bool:
+    """False if someone made the patches overlap, or the convolution otherwise more than a cut."""
+    return (
+        proj.stride == proj.kernel_size == patch_size
+        and proj.padding in ((0, 0), "valid")
+        and proj.dilation == (1, 1)
+        and proj.groups == 1
+    )
 
 
 @torch.fx.wrap
@@ -118,18 +143,22 @@ def fit_images(
     in_chans: int,
     patch_size: tuple[int, int],
     img_size: tuple[int, int] | None = None,
+    any_size: bool = False,
     pad: bool = False,
     crop: bool = False,
+    to_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Images [B, C, H, W] as whole patches.
+    """Images [B, C, H, W] that a patch projection can take.
 
     Args:
         images: the images.
         in_chans: the C that the model takes.
         patch_size: (ph, pw).
-        img_size: the one size that is accepted, or None for any.
-        pad: pad with zeros, right and below.
-        crop: of any size, crop what the patches do not cover instead of refusing it.
+        img_size: the one size that is accepted, or None for any multiple of the patch.
+        any_size: without ``img_size``, accept other sizes too.
+        pad: pad with zeros to whole patches, right and below.
+        crop: leave out what no whole patch covers, right and below.
+        to_dtype: turn uint8 images to 0..1 in this dtype.
 
     Raises:
         ValueError: for a wrong rank, channel count or size.
@@ -147,17 +176,19 @@ def fit_images(
             f"images are {height}x{width}; the model takes {img_size[0]}x{img_size[1]}: resize them, call "
             "set_input_size, or build it with dynamic_img_size=True"
         )
+    if to_dtype is not None and images.dtype == torch.uint8:
+        images = to_unit_range(images, to_dtype)
     if not (height % ph or width % pw):
         return images
     if pad:
         return F.pad(images, (0, -width % pw, 0, -height % ph))
-    if img_size is None and not crop:
+    if img_size is None and not any_size:
         raise ValueError(
             f"images are {height}x{width}, not a multiple of the patch, {ph}x{pw}: resize them, or build the "
             "model with dynamic_img_pad=True"
         )
-    # What a convolution would never read (384 is not a multiple of 14): a view, not a copy.
-    return images[:, :, : height - height % ph, : width - width % pw]
+    # A view, not a copy: 384 is not a multiple of 14, and a convolution never reads what is left over.
+    return images[:, :, : height - height % ph, : width - width % pw] if crop else images
 
 
 def resample_patch_weight(weight: Tensor, new_size: tuple[int, int]) -> Tensor:

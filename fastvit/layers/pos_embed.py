@@ -45,8 +45,12 @@ def resize_pos_embed(
         raise ValueError(
             f"{num_patches} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}"
         )
-    if tuple(new_grid) == tuple(old_grid):
+    # An exported program must resize even if the example image happened to fit.
+    if not torch.compiler.is_exporting() and tuple(new_grid) == tuple(old_grid):
         return pos_embed
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # The backward of an antialiased resize has no symbolic sizes in torch: one graph a size.
+        new_grid = tuple(len(range(side)) for side in new_grid)
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     wide = torch.promote_types(grid.dtype, torch.float32)
     grid = grid.to(wide).unflatten(1, old_grid).permute(0, 3, 1, 2)

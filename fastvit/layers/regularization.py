@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from .plain import known
 
+
+@known
 class LayerScale(nn.Module):
     """x * gamma, one learned factor a channel (arXiv 2103.17239)."""
 
@@ -23,6 +26,7 @@ class LayerScale(nn.Module):
         return x.mul_(self.gamma) if self.inplace else x * self.gamma
 
 
+@known
 class DropPath(nn.Module):
     """Stochastic depth, one draw a sample (arXiv 1603.09382)."""
 
@@ -41,7 +45,7 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.sample_scale(x)
-        return x if scale is None else x * scale.view(-1, *[1] * (x.ndim - 1))
+        return x if scale is None else x * scale.view((x.shape[0],) + (1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"

@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import attention as reference
 from ..reference.rotary import ROPE_LAYOUTS
 from . import checks
+from .overrides import overridden
 
 
 def attention(
@@ -36,7 +37,8 @@ def attention(
         qkv: [B, N, 3 * H * d], floating, in the order (3, H, d) that a fused projection gives.
         num_heads: H.
         scale: defaults to d ** -0.5.
-        attn_mask: bool (True takes part) or additive floating; [N, N], or up to [B, H, N, N].
+        attn_mask: bool (True takes part) or additive floating (qkv's dtype or float32);
+            [N, N], or up to [B, H, N, N].
         key_mask: bool [B, N], True takes part.
         is_causal: token i sees tokens 0..i; not together with attn_mask.
         dropout_p: probability of dropping an attention weight; the caller passes 0 in evaluation.
@@ -78,7 +80,7 @@ def attention(
         "rope_layout": rope_layout,
         "num_prefix_tokens": num_prefix_tokens,
     }
-    if has_torch_function(tensors):
+    if overridden(tensors):
         return handle_torch_function(attention, tensors, qkv, num_heads, **options)
     head_dim = _check_packing(qkv, num_heads)
     if attn_mask is not None or key_mask is not None:
@@ -119,7 +121,8 @@ def _check_masks(
                 f"{list(full)}; its shape is {list(attn_mask.shape)}"
             )
         if attn_mask.dtype.is_floating_point:
-            checks.fit("attention", "qkv", qkv, ("attn_mask", attn_mask, attn_mask.shape))
+            if attn_mask.dtype != torch.float32:
+                checks.fit("attention", "qkv", qkv, ("attn_mask", attn_mask, attn_mask.shape))
         elif attn_mask.dtype != torch.bool:
             raise TypeError(f"attention: attn_mask must be bool or floating point; it is {attn_mask.dtype}")
     if key_mask is not None:

@@ -1,11 +1,12 @@
 """layer_norm_linear: norm1 and the QKV projection, in one op."""
 
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import layer_norm_linear as reference
 from . import checks
+from .overrides import overridden
 
 
 def layer_norm_linear(
@@ -39,7 +40,7 @@ def layer_norm_linear(
     Source: LayerNorm arXiv 1607.06450, RMSNorm arXiv 1910.07467.
     """
     tensors = (x, norm_weight, norm_bias, weight, bias)
-    if has_torch_function(tensors):
+    if overridden(tensors):
         return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
     op = "layer_norm_linear"
     checks.rank(op, "x", x, "B, N, D")

@@ -1,12 +1,13 @@
 """layer_norm_mlp: the MLP half of a block, in one op."""
 
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import layer_norm_mlp as reference
 from ..reference.activations import ACTIVATIONS, GATED
 from . import checks
+from .overrides import overridden
 
 
 def layer_norm_mlp(
@@ -67,7 +68,7 @@ def layer_norm_mlp(
     }
     options = {"eps": eps, "activation": activation, "norm": norm, **optional}
     tensors = (*required, *optional.values())
-    if has_torch_function(tensors):
+    if overridden(tensors):
         return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
     op = "layer_norm_mlp"
     _check_kinds(activation, norm, norm_bias, gate_weight, gate_bias, inner_norm_weight, inner_norm_bias)

@@ -1,11 +1,12 @@
 """linear_residual: the output projection with LayerScale, stochastic depth and the residual, in one op."""
 
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import linear_residual as reference
 from . import checks
+from .overrides import overridden
 
 
 def linear_residual(
@@ -39,7 +40,7 @@ def linear_residual(
     """
     tensors = (x, weight, bias, residual, layer_scale, sample_scale)
     scales = {"layer_scale": layer_scale, "sample_scale": sample_scale}
-    if has_torch_function(tensors):
+    if overridden(tensors):
         return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales)
     op = "linear_residual"
     checks.rank(op, "x", x, "B, N, K")

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import patch_embed as reference
 from . import checks
+from .overrides import overridden
 
 
 def patch_embed(
@@ -42,7 +43,7 @@ def patch_embed(
     Source: arXiv 2010.11929, section 3.1; register tokens arXiv 2309.16588.
     """
     tensors = (images, weight, bias, pos_embed, prefix)
-    if has_torch_function(tensors):
+    if overridden(tensors):
         return handle_torch_function(patch_embed, tensors, *tensors, mean=mean, std=std)
     _check(images, weight, bias, pos_embed, prefix)
     mean, std = (_per_channel(name, value, images, weight) for name, value in (("mean", mean), ("std", std)))

@@ -59,6 +59,8 @@ def attention(
         k = rotate(k, rope_cos, rope_sin, rope_layout, num_prefix_tokens).to(dtype)
     if key_mask is not None:
         attn_mask, is_causal = _with_key_mask(attn_mask, key_mask, q.shape[2], is_causal), False
+    if attn_mask is not None and attn_mask.dtype.is_floating_point:
+        attn_mask = attn_mask.to(dtype)
     attend = _attend_by_definition if dtype == torch.float64 else F.scaled_dot_product_attention
     out = attend(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).flatten(2).contiguous()

@@ -29,7 +29,7 @@ def patch_embed(
     Returns:
         [B, P + N, D], contiguous, with N = (H / ph) * (W / pw), in the dtype torch's own ops give.
     """
-    x = _to_unit_range(images, weight.dtype, mean, std)
+    x = to_unit_range(images, weight.dtype, mean, std)
     tokens = F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     num_patches = tokens.shape[1]
     if pos_embed is not None and pos_embed.shape[1] == num_patches:
@@ -41,7 +41,9 @@ def patch_embed(
     return tokens.contiguous()
 
 
-def _to_unit_range(images: Tensor, dtype: torch.dtype, mean: Tensor | None, std: Tensor | None) -> Tensor:
+def to_unit_range(
+    images: Tensor, dtype: torch.dtype, mean: Tensor | None = None, std: Tensor | None = None
+) -> Tensor:
     """uint8 to 0..1, then mean and std, in float32 at least: 8-bit images lose nothing before the cast."""
     if images.dtype != torch.uint8 and mean is None and std is None:
         return images
