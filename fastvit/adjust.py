@@ -3,15 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .layers.pool import POOLS
-from .layers.pos_embed import resize_pos_embed
 
 Size = int | tuple[int, int]
-
-# It asks for sizes, which torch.fx does not know while it traces: a leaf in its graphs.
-torch.fx.wrap("resize_pos_embed")
 
 
 class Adjustable:
@@ -74,7 +70,3 @@ class Adjustable:
             with torch.no_grad():
                 resized = self._resized_positions(self.patch_embed.grid_size, old_grid)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-
-    def _resized_positions(self, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
-        num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return resize_pos_embed(self.pos_embed, grid, old_grid, num_prefix, self.pos_resize)

@@ -1,0 +1,61 @@
+"""Images to the tokens of the first block: patches, prefix tokens, positions."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .layers.patch_embed import PatchEmbed
+from .layers.plain import weight_and_bias
+from .layers.pos_embed import resize_pos_embed
+
+# It asks for sizes, which torch.fx does not know while it traces: a leaf in its graphs.
+torch.fx.wrap("resize_pos_embed")
+
+
+class Embedding:
+    """The part of VisionTransformer in front of its blocks."""
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images to tokens with prefix and positions, up to the first block."""
+        embed = self.patch_embed
+        adds_positions = type(self)._pos_embed is Embedding._pos_embed and "_pos_embed" not in self.__dict__
+        if isinstance(embed, PatchEmbed) and embed.is_fusable() and adds_positions:
+            images = embed.fit(images, crop=True)
+            positions = self._positions(embed.dynamic_feat_size(images.shape[-2:]))
+            x = ops.patch_embed(images, *weight_and_bias(embed.proj), positions, self._prefix())
+            x = x if positions is None else self.pos_drop(x)
+        else:
+            x = self._pos_embed(embed(images))
+        return self.norm_pre(self.patch_drop(x))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Prefix and positions for an embedding layer of another kind: [B, H, W, D] or [B, N, D] tokens."""
+        positions = self._positions(tuple(x.shape[1:-1]))
+        x = x.flatten(1, -2)
+        if positions is not None and self.no_embed_class:
+            x = x + positions
+        if self.num_prefix_tokens:
+            x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1)
+        if positions is None:
+            return x
+        return self.pos_drop(x if self.no_embed_class else x + positions)
+
+    def _prefix(self) -> Tensor | None:
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat(tokens, dim=1) if len(tokens) > 1 else (tokens or [None])[0]
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        if self.pos_embed is None:
+            return None
+        if self.dynamic_img_size:
+            return self._resized_positions(grid, self.patch_embed.grid_size)
+        # The op would take both forms, with rows for the prefix and without: only one is this model's.
+        rows = self.patch_embed.num_patches + (0 if self.no_embed_class else self.num_prefix_tokens)
+        given = self._parameters.get("pos_embed")
+        if given is not None and given.shape[1] != rows:
+            raise ValueError(f"pos_embed has {given.shape[1]} rows; this model has {rows} positions")
+        return self.pos_embed
+
+    def _resized_positions(self, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+        num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        return resize_pos_embed(self.pos_embed, grid, old_grid, num_prefix, self.pos_resize)
