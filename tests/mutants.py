@@ -186,7 +186,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("gate and value swapped", "gate, value = value", "value, gate = value", "mlp, packed swiglu"),
         ("bias of the gate dropped", GATE, GATE.replace(", gate_bias", ""), "mlp, own gate"),
         ("inner norm dropped", "if inner_norm_weight is not None:", "if False:", "mlp bf16, inner norm"),
-        ("first bias added twice", "fc1_bias), a", "fc1_bias) + fc1_bias, a", "mlp bf16"),
+        ("first bias added twice", "fc1_bias)  #", "fc1_bias) + fc1_bias  #", "mlp bf16"),
         ("second bias added twice", "fc2_bias), l", "fc2_bias) + fc2_bias, l", "mlp bf16"),
         ("residual dropped", "add_scaled(x,", "add_scaled(0 * x,", "mlp bf16"),
         ("LayerScale dropped", "layer_scale, sample_scale)\n", "None, sample_scale)\n", "mlp bf16"),

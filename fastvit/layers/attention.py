@@ -64,7 +64,10 @@ class Attention(nn.Module):
         if self.fused_attn and qk_norm is not None and is_plain(attn_drop, nn.Dropout):
             dropout_p = attn_drop.p if self.training else 0.0
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
-            x = ops.attention(qkv, self.num_heads, self.scale, dropout_p=dropout_p, **masks, **qk_norm)
+            masked = attn_mask is not None  # the one argument that is not this module's own
+            x = ops.attention(
+                qkv, self.num_heads, self.scale, dropout_p=dropout_p, **masks, **qk_norm, validate=masked
+            )
         else:
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
             weights = attention_weights(q_norm(q) * self.scale, k_norm(k), attn_mask, is_causal)

@@ -97,9 +97,13 @@ class Block(nn.Module):
         weight, bias = weight_and_bias(qkv)
         if norm.weight is not None and norm.weight.dtype != weight.dtype:
             return self._attention_half_by_modules(x, attn_mask, is_causal)
-        packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, bias, eps=norm.eps, norm=norm.norm)
+        packed = ops.layer_norm_linear(
+            x, norm.weight, norm.bias, weight, bias, eps=norm.eps, norm=norm.norm, validate=False
+        )
         tokens = attn.attend(packed, attn_mask, is_causal)
-        return ops.linear_residual(tokens, *weight_and_bias(proj), x, **_scales(layer_scale, drop_path, x))
+        return ops.linear_residual(
+            tokens, *weight_and_bias(proj), x, **_scales(layer_scale, drop_path, x), validate=False
+        )
 
     def _mlp_half(self, x: Tensor) -> Tensor:
         parts = self._modules
@@ -110,7 +114,7 @@ class Block(nn.Module):
             arguments = mlp.op_arguments(norm)
         if arguments is None:
             return self._mlp_half_by_modules(x)
-        return ops.layer_norm_mlp(x, **arguments, **_scales(layer_scale, drop_path, x))
+        return ops.layer_norm_mlp(x, **arguments, **_scales(layer_scale, drop_path, x), validate=False)
 
     def _attention_half_by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         return x + self.drop_path1(

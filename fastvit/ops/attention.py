@@ -30,6 +30,7 @@ def attention(
     rope_sin: Tensor | None = None,
     rope_layout: str = "half",
     num_prefix_tokens: int = 0,
+    validate: bool = True,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v for every head; norm, then rotation, of q and k come first.
 
@@ -48,6 +49,7 @@ def attention(
         rope_cos, rope_sin: [N - P, d], or up to [B, H, N - P, d], both or neither: rotary positions.
         rope_layout: "half" (channel i with i + d/2) or "interleaved" (2i with 2i + 1).
         num_prefix_tokens: P, leading tokens that are not rotated.
+        validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
         [B, N, H * d], contiguous, the layout that the output projection reads. A row whose every key is
@@ -82,13 +84,13 @@ def attention(
     }
     if overridden(tensors):
         return handle_torch_function(attention, tensors, qkv, num_heads, **options)
-    head_dim = _check_packing(qkv, num_heads)
-    if attn_mask is not None or key_mask is not None:
+    if validate:
+        head_dim = _check_packing(qkv, num_heads)
         _check_masks(qkv, num_heads, attn_mask, key_mask, is_causal)
-    if qk_norm is not None or any(tensor is not None for tensor in norms):
         _check_norms(qkv, head_dim, qk_norm, *norms)
-    _check_rotary(qkv, head_dim, rope_cos, rope_sin, rope_layout, num_prefix_tokens)
-    batch, tokens, _ = qkv.shape
+        _check_rotary(qkv, head_dim, rope_cos, rope_sin, rope_layout, num_prefix_tokens)
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
     q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).unbind(2)
     backends.resolve("attention", q, k, v, **options)
     return reference(q, k, v, **options)
@@ -157,8 +159,10 @@ def _check_norms(
         ("k_norm_bias", k_bias, (head_dim,)),
     )
     if qk_norm is None:
-        name = next(name for name, tensor, _ in expected if tensor is not None)
-        raise ValueError(f"attention: {name} is given, but qk_norm is None; name the norm")
+        given = [name for name, tensor, _ in expected if tensor is not None]
+        if given:
+            raise ValueError(f"attention: {given[0]} is given, but qk_norm is None; name the norm")
+        return
     checks.norm("attention", "qk_norm", qk_norm, ("q_norm_bias", q_bias), ("k_norm_bias", k_bias))
     checks.fit("attention", "qkv", qkv, *expected)
 

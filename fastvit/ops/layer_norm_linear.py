@@ -18,6 +18,7 @@ def layer_norm_linear(
     *,
     eps: float = 1e-6,
     norm: str = "layer_norm",
+    validate: bool = True,
 ) -> Tensor:
     """linear(norm(x)).
 
@@ -28,6 +29,7 @@ def layer_norm_linear(
         bias: [O] or None.
         eps: of the norm.
         norm: "layer_norm" or "rms_norm".
+        validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
         [B, N, O], contiguous.
@@ -42,6 +44,20 @@ def layer_norm_linear(
     tensors = (x, norm_weight, norm_bias, weight, bias)
     if overridden(tensors):
         return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
+    if validate:
+        _check(*tensors, norm)
+    backends.resolve("layer_norm_linear", *tensors, eps=eps, norm=norm)
+    return reference(*tensors, eps=eps, norm=norm)
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+) -> None:
     op = "layer_norm_linear"
     checks.rank(op, "x", x, "B, N, D")
     checks.floating(op, "x", x)
@@ -57,5 +73,3 @@ def layer_norm_linear(
         ("norm_bias", norm_bias, (dim,)),
         ("bias", bias, (out_features,)),
     )
-    backends.resolve(op, *tensors, eps=eps, norm=norm)
-    return reference(*tensors, eps=eps, norm=norm)

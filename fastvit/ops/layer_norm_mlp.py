@@ -28,6 +28,7 @@ def layer_norm_mlp(
     gate_bias: Tensor | None = None,
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
+    validate: bool = True,
 ) -> Tensor:
     """x + sample_scale * layer_scale * fc2(inner_norm(act(fc1(norm(x))))).
 
@@ -45,6 +46,7 @@ def layer_norm_mlp(
         sample_scale: [B] or None, one factor a sample (stochastic depth).
         gate_weight, gate_bias: [M, D] and [M], a gate of its own for "swiglu", or None.
         inner_norm_weight, inner_norm_bias: [M] or None, a norm between activation and fc2.
+        validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
         [B, N, D], contiguous.
@@ -70,6 +72,29 @@ def layer_norm_mlp(
     tensors = (*required, *optional.values())
     if overridden(tensors):
         return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
+    if validate:
+        _check(*required, activation, norm, **optional)
+    backends.resolve("layer_norm_mlp", *required, **options)
+    return reference(*required, **options)
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    norm: str,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    inner_norm_weight: Tensor | None,
+    inner_norm_bias: Tensor | None,
+) -> None:
     op = "layer_norm_mlp"
     _check_kinds(activation, norm, norm_bias, gate_weight, gate_bias, inner_norm_weight, inner_norm_bias)
     checks.rank(op, "x", x, "B, N, D")
@@ -94,8 +119,6 @@ def layer_norm_mlp(
         ("inner_norm_weight", inner_norm_weight, (hidden,)),
         ("inner_norm_bias", inner_norm_bias, (hidden,)),
     )
-    backends.resolve(op, *required, **options)
-    return reference(*required, **options)
 
 
 def _check_kinds(

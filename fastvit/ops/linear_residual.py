@@ -17,6 +17,7 @@ def linear_residual(
     *,
     layer_scale: Tensor | None = None,
     sample_scale: Tensor | None = None,
+    validate: bool = True,
 ) -> Tensor:
     """residual + sample_scale * layer_scale * linear(x).
 
@@ -27,6 +28,7 @@ def linear_residual(
         residual: [B, N, D].
         layer_scale: [D] or None.
         sample_scale: [B] or None, one factor a sample (stochastic depth).
+        validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
         [B, N, D], contiguous.
@@ -42,6 +44,20 @@ def linear_residual(
     scales = {"layer_scale": layer_scale, "sample_scale": sample_scale}
     if overridden(tensors):
         return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales)
+    if validate:
+        _check(*tensors)
+    backends.resolve("linear_residual", *tensors[:4], **scales)
+    return reference(*tensors[:4], **scales)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+) -> None:
     op = "linear_residual"
     checks.rank(op, "x", x, "B, N, K")
     checks.floating(op, "x", x)
@@ -58,5 +74,3 @@ def linear_residual(
         ("layer_scale", layer_scale, (dim,)),
         ("sample_scale", sample_scale, (batch,)),
     )
-    backends.resolve(op, *tensors[:4], **scales)
-    return reference(*tensors[:4], **scales)

@@ -52,22 +52,20 @@ def layer_norm_mlp(
         ValueError: for an unknown activation, or a gate where the activation has none.
     """
     h = normalize(x, norm_weight, norm_bias, eps, norm)
-    h = _activate(h, F.linear(h, fc1_weight, fc1_bias), activation, gate_weight, gate_bias)
+    gate = F.linear(h, gate_weight, gate_bias) if gate_weight is not None else None
+    h = F.linear(h, fc1_weight, fc1_bias)  # the normalised tokens are free from here on
+    h = _activate(h, gate, activation)
     if inner_norm_weight is not None:
         h = normalize(h, inner_norm_weight, inner_norm_bias, eps, norm)
     return add_scaled(x, F.linear(h, fc2_weight, fc2_bias), layer_scale, sample_scale)
 
 
-def _activate(
-    h: Tensor, value: Tensor, name: str, gate_weight: Tensor | None, gate_bias: Tensor | None
-) -> Tensor:
+def _activate(value: Tensor, gate: Tensor | None, name: str) -> Tensor:
     if name in GATED:
-        if gate_weight is not None:
-            gate = F.linear(h, gate_weight, gate_bias)
-        else:
+        if gate is None:
             gate, value = value.chunk(2, dim=-1)
         return GATED[name](gate) * value
-    if gate_weight is not None:
+    if gate is not None:
         raise ValueError(f"activation {name!r} has no gate; pass gate_weight only with {', '.join(GATED)}")
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}; it must be one of {', '.join([*ACTIVATIONS, *GATED])}")
