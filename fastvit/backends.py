@@ -8,10 +8,10 @@ the only place where a backend is chosen: a call, `fastvit info` and `fastvit de
     FASTVIT_DISABLE   "1": every op runs the reference
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ContextDecorator
 from typing import NamedTuple, Self
 
 import torch
@@ -88,7 +88,7 @@ _stack: list[dict[str, str]] = []
 _said: set[tuple[str, str, str]] = set()
 
 
-class use_backend(ContextDecorator):
+class use_backend:
     """Choose the backend inside a ``with`` block, for every op or per op.
 
         with fastvit.use_backend("reference"): ...
@@ -106,6 +106,17 @@ class use_backend(ContextDecorator):
         self.requested = {op: _check(backend, op) for op, backend in per_op.items()}
         if name is not None:
             self.requested["*"] = _check(name)
+
+    def __call__(self, function: Callable) -> Callable:
+        """As a decorator: the function runs inside a ``with`` block of its own."""
+        name, per_op = self.requested.get("*"), {op: n for op, n in self.requested.items() if op != "*"}
+
+        @functools.wraps(function)
+        def inside(*args, **kwargs):
+            with use_backend(name, **per_op):
+                return function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> Self:
         _stack.append(self.requested)

@@ -45,12 +45,14 @@ def resize_pos_embed(
         raise ValueError(
             f"{num_patches} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}"
         )
-    # An exported program must resize even if the example image happened to fit.
-    if not torch.compiler.is_exporting() and tuple(new_grid) == tuple(old_grid):
-        return pos_embed
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    # An exported program resizes even if the example image fits. (In torch 2.11 the compiler claims to export.)
+    compiling = torch.compiler.is_dynamo_compiling()
+    exporting = torch.compiler.is_exporting() and not compiling
+    if compiling:
         # The backward of an antialiased resize has no symbolic sizes in torch: one graph a size.
         new_grid = tuple(len(range(side)) for side in new_grid)
+    if not exporting and tuple(new_grid) == tuple(old_grid):
+        return pos_embed
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     wide = torch.promote_types(grid.dtype, torch.float32)
     grid = grid.to(wide).unflatten(1, old_grid).permute(0, 3, 1, 2)

@@ -76,20 +76,18 @@ def _check(
         checks.rank(op, "prefix", prefix, "1, P, D")
         num_prefix = prefix.shape[1]
     num_patches = (height // ph) * (width // pw)
-    fitting = (1, num_patches, dim), (1, num_prefix + num_patches, dim)
-    if pos_embed is not None and pos_embed.shape not in fitting:
+    checks.fit(op, "weight", weight, ("bias", bias, (dim,)), ("prefix", prefix, (1, num_prefix, dim)))
+    if pos_embed is None:
+        return
+    # Rows are compared as numbers: torch 2.11's compiler finds no symbolic shape in a tuple of shapes.
+    rows = pos_embed.shape[1] if pos_embed.ndim == 3 else -1
+    if rows != num_patches and rows != num_prefix + num_patches:
         raise ValueError(
-            f"{op}: pos_embed must have shape {list(fitting[0])} or {list(fitting[1])}, for {num_patches} "
-            f"patches and {num_prefix} prefix tokens; it has {list(pos_embed.shape)}"
+            f"{op}: pos_embed must have shape {[1, num_patches, dim]} or "
+            f"{[1, num_prefix + num_patches, dim]}, for {num_patches} patches and {num_prefix} prefix "
+            f"tokens; it has {list(pos_embed.shape)}"
         )
-    checks.fit(
-        op,
-        "weight",
-        weight,
-        ("bias", bias, (dim,)),
-        ("prefix", prefix, (1, num_prefix, dim)),
-        ("pos_embed", pos_embed, pos_embed.shape if pos_embed is not None else ()),
-    )
+    checks.fit(op, "weight", weight, ("pos_embed", pos_embed, (1, rows, dim)))
 
 
 def _per_channel(
