@@ -45,7 +45,7 @@ def resize_pos_embed(
         raise ValueError(
             f"{num_patches} position embeddings do not form a grid of {old_grid[0]}x{old_grid[1]}"
         )
-    # An exported program resizes even if the example image fits. (In torch 2.11 the compiler claims to export.)
+    # An exported program resizes even if the example image fits. In 2.11 the compiler claims to export.
     compiling = torch.compiler.is_dynamo_compiling()
     exporting = torch.compiler.is_exporting() and not compiling
     if compiling:
