@@ -106,7 +106,7 @@ def _row(
     sizes = {"img_size": img_size, "patch_size": patch_size}
     rest = {"num_classes": family.num_classes, "pos_resize": family.pos_resize}
     if crop_pct is None:
-        crop_pct = 1.0 if img_size > 224 and family.crop_pct is None else family.crop_pct or 0.9
+        crop_pct = family.crop_pct or (1.0 if img_size > 224 else 0.9)
     return Variant(family, sizes | shape | rest | family.arguments | more, crop_pct)
 
 

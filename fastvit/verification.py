@@ -128,7 +128,9 @@ def _trace(model: nn.Module, x: Tensor, backward: bool) -> dict[str, Tensor]:
         weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=torch.float64, device=x.device)
         grad = weights.view_as(output).to(output.dtype)
         grads = torch.autograd.grad(output, list(parameters.values()), grad, allow_unused=True)
-        values |= {f"grad {name}": g for name, g in zip(parameters, grads, strict=True) if g is not None}
+        # A gradient that was lost is zero, and is judged: left out, it would go unseen.
+        for (name, parameter), gradient in zip(parameters.items(), grads, strict=True):
+            values[f"grad {name}"] = torch.zeros_like(parameter) if gradient is None else gradient
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -121,6 +121,10 @@ def test_a_hook_on_the_qk_norm_fires(calls, part):
     torch.testing.assert_close(model(X), expected)
     assert fired == [part]
     assert calls == without("attention")
+    masked = torch.zeros(
+        5, 5, dtype=torch.bool
+    )  # torch's fused attention gives zeros, its formula would give NaN
+    assert model(X, attn_mask=masked).isfinite().all()
 
 
 def test_a_hook_on_every_module_sees_every_module():

@@ -73,6 +73,19 @@ def test_dropout_cannot_excuse_a_wrong_model():
     assert theirs.blocks[0].training
 
 
+def test_a_lost_gradient_is_found(model, monkeypatch):
+    original = ops.linear_residual
+    calls = []
+
+    def losing_the_first_bias(x, weight, bias, *args, **kwargs):
+        calls.append(None)
+        return original(x, weight, bias.detach() if len(calls) == 1 else bias, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_residual", losing_the_first_bias)
+    report = fastvit.verify(model, X, backward=True)
+    assert [row.name for row in report.rows if not row.ok] == ["grad blocks.0.attn.proj.bias"]
+
+
 def test_what_cannot_be_judged_is_refused(model):
     with pytest.raises(TypeError, match="verify needs floating images"):
         fastvit.verify(model, (X * 0).to(torch.uint8))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -61,18 +62,20 @@ class Attention(nn.Module):
         parts = self._modules
         q_norm, k_norm, norm, attn_drop = parts["q_norm"], parts["k_norm"], parts["norm"], parts["attn_drop"]
         qk_norm = qk_norm_arguments(q_norm, k_norm)
-        if self.fused_attn and qk_norm is not None and is_plain(attn_drop, nn.Dropout):
-            dropout_p = attn_drop.p if self.training else 0.0
-            masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+        fused = self.fused_attn and is_plain(attn_drop, nn.Dropout)
+        options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": self.scale}
+        options["dropout_p"] = attn_drop.p if self.training and fused else 0.0
+        if fused and qk_norm is not None:
             masked = attn_mask is not None  # the one argument that is not this module's own
-            x = ops.attention(
-                qkv, self.num_heads, self.scale, dropout_p=dropout_p, **masks, **qk_norm, validate=masked
-            )
+            x = ops.attention(qkv, self.num_heads, **options, **qk_norm, validate=masked)
+            return x if is_identity(norm) else norm(x)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k = q_norm(q), k_norm(k)
+        if fused:
+            x = F.scaled_dot_product_attention(q, k, v, **options)
         else:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-            weights = attention_weights(q_norm(q) * self.scale, k_norm(k), attn_mask, is_causal)
-            x = (attn_drop(weights) @ v).transpose(1, 2).flatten(2)
-        return x if is_identity(norm) else norm(x)
+            x = attn_drop(attention_weights(q * self.scale, k, attn_mask, is_causal)) @ v
+        return norm(x.transpose(1, 2).flatten(2))
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
