@@ -1,0 +1,142 @@
+"""attention: the launchers of the Triton kernels, forward and backward."""
+
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from .attention_bwd import _attention_bwd_kernel
+from .attention_fwd import _attention_fwd_kernel
+from .attention_options import Options, shared_arguments, tail_of
+from .launch import Launch, arch_of, needs_int64, vector_width
+from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = False, **options) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + masks) v for every head, q and k normalised and rotated first if asked.
+
+    Args:
+        q, k, v: [B, N, H, d], float32, float16 or bfloat16, d up to 256; any strides but the last, which is 1.
+        with_lse: also return the logits' log-sum-exp, which the backward needs.
+        options: ``scale`` (above 0), ``attn_mask`` (bool or floating, up to [B, H, N, N]), ``key_mask`` (bool
+            [B, N]), ``qk_norm`` ("layer_norm", "rms_norm" or None) with its weights [d] and ``qk_norm_eps``,
+            ``rope_cos`` and ``rope_sin`` (up to [B, H, N - P, d]) with ``rope_layout`` ("half",
+            "interleaved") and ``num_prefix_tokens``, ``precision`` of float32 products ("ieee", "tf32").
+
+    Returns:
+        [B, N, H * d], contiguous, in q's dtype; and [B, H, N] in float32, or [0] without ``with_lse``.
+
+    Source: arXiv 1706.03762; the running softmax arXiv 1805.02867 and 2205.14135.
+    """
+    batch, tokens, heads, dim = q.shape
+    out = torch.empty((batch, tokens, heads * dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
+    plan_fwd(q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))()
+    return out, lse
+
+
+def plan_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, options: Options, arch: str) -> Launch:
+    """The launch of the forward on an architecture, from shapes alone."""
+    batch, tokens, heads, dim = q.shape
+    args, constants = shared_arguments(q, k, v, options)
+    sizes = {"head_dim": dim, "tokens": tokens, "heads": batch * heads}
+    chosen = tile("attention_fwd", arch, dtype_class(q.dtype, options.precision), **sizes)
+    shape = dict(chosen.constants)
+    chunks = chunks_of(tokens) if shape.pop("RESIDENT") else ()
+    programs = -(-tokens // shape["BLOCK_M"])
+    if chunks:
+        # A program takes as many of a head's query blocks as leave the GPU busy, and loads its keys once.
+        programs = min(programs, max(1, -(-2 * MULTIPROCESSORS.get(arch, 1) // max(1, batch * heads))))
+    args |= {"out_ptr": out, "lse_ptr": lse, "programs": programs}
+    constants |= shape | {"CHUNKS": chunks, "TAIL": 0 if chunks else tail_of(tokens, shape["BLOCK_N"])}
+    grid = (batch * heads * programs,)
+    return Launch(_attention_fwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
+
+
+def chunks_of(tokens: int) -> tuple[int, ...]:
+    """Up to three powers of two that cover the tokens with least to spare, the widest first.
+
+    197 = 128 + 64 + 16 with 11 to spare; one tile of 256 would leave 59 and spill.
+    """
+    widths = (128, 64, 32, 16)
+    covers = [
+        cover for count in (1, 2, 3) for cover in combinations_with_replacement(widths, count) if sum(cover) >= tokens
+    ]
+    return min(covers, key=lambda cover: (sum(cover), len(cover)))
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    norm_grads: bool = False,
+    **options,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``attention_fwd``, bit for bit the same in every run.
+
+    Args:
+        grad_out: [B, N, H * d] in q's dtype, any strides.
+        q, k, v, options: as given to the forward.
+        out, lse: what it returned.
+        norm_grads: whether the gradients of the norms' weights and biases are wanted.
+
+    Returns:
+        [B, N, 3, H, d], contiguous, in q's dtype; then of q_norm_weight, q_norm_bias, k_norm_weight and
+        k_norm_bias [d] in float32, or None for each without ``norm_grads``. Those of masks and rotary tables
+        are not computed here.
+    """
+    batch, tokens, heads, dim = q.shape
+    dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
+    chosen, key_programs, programs = _split_bwd(q, arch_of(q.device), options.get("precision", "ieee"))
+    sums = None
+    if norm_grads:
+        sums = torch.empty((batch * heads, programs, 2, dim), dtype=torch.float32, device=q.device)
+    plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, Options(**options), arch_of(q.device))()
+    if sums is None:
+        return dqkv, None, None, None, None
+    of_k, of_q = (part.sum((0, 1)) for part in sums.split((key_programs, programs - key_programs), dim=1))
+    return dqkv, *of_q, *of_k
+
+
+def plan_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dqkv: Tensor,
+    sums: Tensor | None,
+    options: Options,
+    arch: str,
+) -> Launch:
+    """The launch of the backward on an architecture, from shapes alone."""
+    batch, tokens, heads, _ = q.shape
+    args, constants = shared_arguments(q, k, v, options)
+    chosen, key_programs, programs = _split_bwd(q, arch, options.precision)
+    align = vector_width(grad_out) if grad_out.stride(-1) == 1 else 0
+    strides = dict(zip(("batch", "token", "channel"), grad_out.stride(), strict=True))
+    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv, "sums_ptr": sums}
+    args |= {f"stride_grad_{name}": stride // max(1, align) for name, stride in strides.items()}
+    args |= {"programs": programs, "key_programs": key_programs}
+    constants |= chosen.constants | {
+        "GRAD_ALIGN": align,
+        "KEYS_TAIL": tail_of(tokens, chosen.constants["KEYS_M"]),
+        "QUERIES_TAIL": tail_of(tokens, chosen.constants["QUERIES_N"]),
+        "F": constants["F"]._replace(int64=constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])),
+    }
+    grid = (batch * heads * programs,)
+    return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
+
+
+def _split_bwd(q: Tensor, arch: str, precision: str) -> tuple[Tile, int, int]:
+    """The tile, and of a head's programs how many own keys, and how many there are."""
+    batch, tokens, heads, dim = q.shape
+    sizes = {"head_dim": dim, "tokens": tokens, "heads": batch * heads}
+    chosen = tile("attention_bwd", arch, dtype_class(q.dtype, precision), **sizes)
+    key_programs = -(-tokens // chosen.constants["KEYS_N"])
+    return chosen, key_programs, key_programs + -(-tokens // chosen.constants["QUERIES_M"])

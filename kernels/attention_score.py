@@ -1,0 +1,89 @@
+"""From tiles of q and k to logits, for the kernels of both directions."""
+
+import triton
+import triton.language as tl
+
+from .attention_load import load_parts, prepare
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def head_start(ptr, batch, head, stride_batch, stride_head):
+    """Where a head of an image begins, in 64 bits."""
+    return ptr + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+
+
+@triton.jit
+def indices(start, WIDTH: tl.constexpr, F: tl.constexpr):
+    """start, start + 1, ...: in 64 bits where an offset within a head may need them."""
+    rows = start + tl.arange(0, WIDTH)
+    return rows.to(tl.int64) if F.int64 else rows
+
+
+@triton.jit
+def load_prepared(source, rows, rope, count, F: tl.constexpr, QK: tl.constexpr, EDGE: tl.constexpr):
+    """A tile of q or k, ready for its product; ``source`` is (pointer, stride of a row, norm)."""
+    a, b = load_parts(source[0], rows, source[1], count, QK, EDGE)
+    return prepare(a, b, rows, source[2], rope, QK, F)
+
+
+@triton.jit
+def product(a, b, other_a, other_b, P: tl.constexpr, F: tl.constexpr):
+    """a other_a^T + b other_b^T: rows of one tile by rows of another, in float32."""
+    s = tl.dot(a, tl.trans(other_a), input_precision=F.precision)
+    if P.b_width > 0:
+        s = tl.dot(b, tl.trans(other_b), s, input_precision=F.precision)
+    return s
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, P: tl.constexpr):
+    """An accumulator in both parts; b is a where there is none."""
+    A: tl.constexpr = P.a_width
+    B: tl.constexpr = P.b_width
+    a = tl.zeros([ROWS, A], tl.float32)
+    b = a
+    if B > 0:
+        b = tl.zeros([ROWS, B], tl.float32)
+    return a, b
+
+
+@triton.jit
+def accumulate(acc_a, acc_b, weights, a, b, P: tl.constexpr, F: tl.constexpr):
+    """acc + weights [a, b], the weights rounded to the operands' type as torch's fused op does."""
+    acc_a = tl.dot(weights.to(a.dtype), a, acc_a, input_precision=F.precision)
+    if P.b_width > 0:
+        acc_b = tl.dot(weights.to(b.dtype), b, acc_b, input_precision=F.precision)
+    return acc_a, acc_b
+
+
+@triton.jit
+def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.constexpr):
+    """Logits with masks, and what to multiply them by to have them in units of log 2.
+
+    ``queries`` and ``keys`` number the tile's two axes, one as a row and one as a column. ``masks`` is
+    (pointer, stride of a query, stride of a key, pointer of the key mask, its stride). A masked key gets -inf
+    added, not put in its place: NaN and inf then spread as they do in torch's op. Keys past the last are
+    another matter: they are none, whatever their product is.
+    """
+    mask_ptr, stride_query, stride_key, key_mask_ptr, stride = masks
+    factor = scale * LOG2E
+    if F.mask != "" or F.key_mask:
+        s *= factor
+        factor = 1.0
+    if F.key_mask:
+        seen = tl.load(key_mask_ptr + keys * stride, mask=keys < count, other=1)
+        s += tl.where(seen != 0, 0.0, float("-inf"))
+    if F.mask != "":
+        inside = (queries < count) & (keys < count)
+        value = tl.load(mask_ptr + queries * stride_query + keys * stride_key, mask=inside, other=0)
+        if F.mask == "bool":
+            # A query past the last sees every key: its row is not stored, and must not look masked.
+            s += tl.where((value != 0) | (queries >= count), 0.0, float("-inf"))
+        else:
+            s += value.to(tl.float32) * LOG2E
+    if EDGE:
+        s = tl.where(keys < count, s, float("-inf"))
+    return s, factor

@@ -1,0 +1,71 @@
+"""Tile tables, one JSON file an architecture: what each kernel is launched with, decided before run time.
+
+A file maps a kernel's name to entries in order; the first that fits is taken:
+
+    {"dtype": "half", "head_dim": 64, "tokens": 272, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2,
+     "status": "modelled"}
+
+Lower-case names are conditions: ``dtype`` is "half" (float16, bfloat16), "tf32" or "ieee" (float32), and a
+number is the largest size that the entry is for. Capitals are the kernel's constants. ``status`` is
+"measured" (with "gpu", "date" and "commit") or "modelled": chosen from the register and shared-memory facts
+of a compile. An architecture without a file of its own, and the CPU's interpreter, take ``safe.json``.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "tiles"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+# Programs that make a GPU of each kind busy: its multiprocessors, of the smallest product that is common.
+MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+_LAUNCH = ("num_warps", "num_stages")
+_NOTES = ("status", "gpu", "date", "commit")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's constants, its warps and pipeline stages, and whether that was measured or modelled."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+    status: str
+
+
+def tile(kernel: str, arch: str, dtype: str, **sizes: int) -> Tile:
+    """The first entry of the architecture's table that fits.
+
+    Args:
+        kernel: its name in the tables, "attention_fwd" say.
+        arch: "sm_90" say; any name that has no table takes the safe one.
+        dtype: "half", "tf32" or "ieee".
+        sizes: what the entries bound: head_dim, tokens, ...
+
+    Raises:
+        LookupError: if no entry fits, which no size that an op accepts does.
+    """
+    for entry in table(arch)[kernel]:
+        if entry.get("dtype", dtype) == dtype and all(size <= entry.get(name, size) for name, size in sizes.items()):
+            return _tile(entry)
+    raise LookupError(f"no tile for {kernel} on {arch} in {dtype} with {sizes}")
+
+
+@cache
+def table(arch: str) -> dict[str, list[dict[str, Any]]]:
+    """The table of an architecture, as its file has it: entries by kernel."""
+    return json.loads((FOLDER / f"{arch if arch in ARCHITECTURES else 'safe'}.json").read_text())
+
+
+def dtype_class(dtype: torch.dtype, precision: str = "ieee") -> str:
+    """ "half" for float16 and bfloat16, else how float32 is multiplied: "ieee" or "tf32"."""
+    return precision if dtype == torch.float32 else "half"
+
+
+def _tile(entry: dict[str, Any]) -> Tile:
+    constants = {name: value for name, value in entry.items() if name.isupper()}
+    return Tile(constants, entry["num_warps"], entry["num_stages"], entry["status"])
