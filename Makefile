@@ -11,8 +11,11 @@ FASTVIT_CUDA ?= $(if $(GPU),auto,0)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.stamp
+# The oldest Triton that the kernels compile on, beside the current one, which came with torch.
+OLD_TRITON := 3.6.0
+OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
 
-.PHONY: setup demo test lint wheel
+.PHONY: setup demo test lint aot wheel
 
 setup: $(STAMP)
 
@@ -41,6 +44,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tests/greps.py
+
+# Both run, even if the first fails; a GPU is not needed.
+aot: $(STAMP) $(OLD_TRITON_PATH)/.stamp
+	@status=0; \
+	$(BIN)/python -m fastvit_kernels.aot || status=1; \
+	PYTHONPATH="$(CURDIR)/$(OLD_TRITON_PATH)" $(BIN)/python -m fastvit_kernels.aot || status=1; \
+	exit $$status
+
+$(OLD_TRITON_PATH)/.stamp: | $(STAMP)
+	rm -rf $(@D)
+	$(PIP) install --quiet --no-deps --target $(@D) triton==$(OLD_TRITON) || { rm -rf $(@D); \
+		echo "make aot compiles on Triton $(OLD_TRITON) too, and pip could not install it in $(@D)" >&2; exit 1; }
+	@touch $@
 
 wheel: $(STAMP)
 	rm -rf build

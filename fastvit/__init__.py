@@ -6,6 +6,7 @@ Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled 
 from . import ops
 from .backends import use_backend
 from .checkpoint import load_checkpoint
+from .derived import refresh
 from .errors import (
     BackendUnavailable,
     CheckpointError,
@@ -32,6 +33,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
+    "refresh",
     "use_backend",
     "verify",
 ]

@@ -1,11 +1,13 @@
 """The one table of backends, and the one reader of environment variables.
 
 ``TABLE`` lists, for each op, its backends in order of preference. A row's ``can_run`` looks at the
-call's metadata (shape, stride, dtype, device) and answers None, or the reason why not. ``resolve`` is
-the only place where a backend is chosen: a call, `fastvit info` and `fastvit demo` all ask it.
+call's metadata (shape, stride, dtype, device) and answers None, or the reason why not; "auto" asks
+``worth`` too, whether the backend is known to be right and no slower here. ``resolve`` is the only place
+where a backend is chosen: a call, `fastvit info` and `fastvit demo` all ask it.
 
-    FASTVIT_BACKEND   "auto" (default), a backend's name, or per op: "attention=triton,patch_embed=reference"
-    FASTVIT_DISABLE   "1": every op runs the reference
+    FASTVIT_BACKEND     "auto" (default), a backend's name, or per op: "attention=triton,patch_embed=auto"
+    FASTVIT_DISABLE     "1": every op runs the reference
+    FASTVIT_UNMEASURED  "1": "auto" takes every backend that can run, measured or not
 """
 
 import functools
@@ -16,20 +18,25 @@ from typing import NamedTuple, Self
 
 import torch
 
+from . import triton_backend
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
 
 
+def _always(*args, **kwargs) -> None:
+    return None
+
+
 class Backend(NamedTuple):
-    """One row: a name, and a function of the call that answers None or the reason why it cannot run."""
+    """One row: a name, and functions of the call that answer None or the reason why not.
+
+    ``can_run``: why it cannot run. ``worth``: why "auto" leaves it, though it can.
+    """
 
     name: str
     can_run: Callable[..., str | None]
-
-
-def _always(*args, **kwargs) -> None:
-    return None
+    worth: Callable[..., str | None] = _always
 
 
 def _not_written(*args, **kwargs) -> str:
@@ -37,14 +44,19 @@ def _not_written(*args, **kwargs) -> str:
 
 
 _REFERENCE = Backend("reference", _always)
-_TRITON = Backend("triton", _not_written)
 _CUDA = Backend("cuda", _not_written)
 _CPP = Backend("cpp", _not_written)
 
 TABLE: dict[str, tuple[Backend, ...]] = {
-    "patch_embed": (_TRITON, _REFERENCE),
+    "patch_embed": (
+        Backend("triton", triton_backend.can_run_patch_embed, triton_backend.worth_patch_embed),
+        _REFERENCE,
+    ),
     "layer_norm_linear": (_CUDA, _CPP, _REFERENCE),
-    "attention": (_TRITON, _REFERENCE),
+    "attention": (
+        Backend("triton", triton_backend.can_run_attention, triton_backend.worth_attention),
+        _REFERENCE,
+    ),
     "linear_residual": (_CUDA, _CPP, _REFERENCE),
     "layer_norm_mlp": (_CUDA, _CPP, _REFERENCE),
 }
@@ -81,7 +93,13 @@ try:
     _environment = parse(os.environ.get("FASTVIT_BACKEND", ""))
 except ValueError as error:
     _environment = ValueError(f"FASTVIT_BACKEND: {error}")
-_disabled = os.environ.get("FASTVIT_DISABLE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
+_disabled, _unmeasured = _is_set("FASTVIT_DISABLE"), _is_set("FASTVIT_UNMEASURED")
 
 # A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
 _stack: list[dict[str, str]] = []
@@ -156,12 +174,19 @@ def resolve(op: str, *args, **kwargs) -> str:
         if name not in ("auto", row.name):
             continue
         reason = row.can_run(*args, **kwargs)
+        if reason is None and name == "auto":
+            reason = _not_worth(row, *args, **kwargs)
         if reason is None:
             return row.name
         if name != "auto":
             raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
         _say_once(op, row.name, reason)
     raise AssertionError(f"{op}: its table has no row that always runs")
+
+
+def _not_worth(row: Backend, *args, **kwargs) -> str | None:
+    reason = None if _unmeasured else row.worth(*args, **kwargs)
+    return None if reason is None else f"{reason}; FASTVIT_UNMEASURED=1 uses it all the same"
 
 
 def _say_once(op: str, name: str, reason: str) -> None:
@@ -193,6 +218,7 @@ def _why(op: str, chosen: str, *args, **kwargs) -> str:
     for row in TABLE[op]:
         if row.name == chosen:
             break
-        names_by_reason.setdefault(row.can_run(*args, **kwargs), []).append(row.name)
+        reason = row.can_run(*args, **kwargs) or _not_worth(row, *args, **kwargs)
+        names_by_reason.setdefault(reason, []).append(row.name)
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
     return "; ".join(reasons) or "first in the table"

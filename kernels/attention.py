@@ -1,5 +1,6 @@
 """attention: the launchers of the Triton kernels, forward and backward."""
 
+from functools import cache
 from itertools import combinations_with_replacement
 
 import torch
@@ -39,8 +40,7 @@ def plan_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, o
     """The launch of the forward on an architecture, from shapes alone."""
     batch, tokens, heads, dim = q.shape
     args, constants = shared_arguments(q, k, v, options)
-    sizes = {"head_dim": dim, "tokens": tokens, "heads": batch * heads}
-    chosen = tile("attention_fwd", arch, dtype_class(q.dtype, options.precision), **sizes)
+    chosen = tile("attention_fwd", arch, dtype_class(q.dtype, options.precision), **_sizes(q, options))
     shape = dict(chosen.constants)
     chunks = chunks_of(tokens) if shape.pop("RESIDENT") else ()
     programs = -(-tokens // shape["BLOCK_M"])
@@ -53,6 +53,7 @@ def plan_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, o
     return Launch(_attention_fwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 
 
+@cache
 def chunks_of(tokens: int) -> tuple[int, ...]:
     """Up to three powers of two that cover the tokens with least to spare, the widest first.
 
@@ -91,15 +92,20 @@ def attention_bwd(
     """
     batch, tokens, heads, dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
-    chosen, key_programs, programs = _split_bwd(q, arch_of(q.device), options.get("precision", "ieee"))
-    sums = None
-    if norm_grads:
-        sums = torch.empty((batch * heads, programs, 2, dim), dtype=torch.float32, device=q.device)
-    plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, Options(**options), arch_of(q.device))()
+    chosen = Options(**options)
+    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else None
+    plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))()
     if sums is None:
         return dqkv, None, None, None, None
-    of_k, of_q = (part.sum((0, 1)) for part in sums.split((key_programs, programs - key_programs), dim=1))
+    _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
+    of_k, of_q = sums[:, :of_keys].sum((0, 1)), sums[:, of_keys:].sum((0, 1))
     return dqkv, *of_q, *of_k
+
+
+def norm_sums(q: Tensor, options: Options, arch: str) -> Tensor:
+    """Where the backward's programs leave their shares of the norm weights' gradients."""
+    _, _, programs = _split_bwd(q, options, arch)
+    return torch.empty((q.shape[0] * q.shape[2], programs, 2, q.shape[3]), dtype=torch.float32, device=q.device)
 
 
 def plan_bwd(
@@ -117,11 +123,12 @@ def plan_bwd(
     """The launch of the backward on an architecture, from shapes alone."""
     batch, tokens, heads, _ = q.shape
     args, constants = shared_arguments(q, k, v, options)
-    chosen, key_programs, programs = _split_bwd(q, arch, options.precision)
-    align = vector_width(grad_out) if grad_out.stride(-1) == 1 else 0
-    strides = dict(zip(("batch", "token", "channel"), grad_out.stride(), strict=True))
+    chosen, key_programs, programs = _split_bwd(q, options, arch)
+    side_by_side = grad_out.stride(-1) == 1
+    align = vector_width(grad_out) if side_by_side else 1
     args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv, "sums_ptr": sums}
-    args |= {f"stride_grad_{name}": stride // max(1, align) for name, stride in strides.items()}
+    args |= {"stride_grad_batch": grad_out.stride(0) // align, "stride_grad_token": grad_out.stride(1) // align}
+    args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
     args |= {"programs": programs, "key_programs": key_programs}
     constants |= chosen.constants | {
         "GRAD_ALIGN": align,
@@ -133,10 +140,15 @@ def plan_bwd(
     return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 
 
-def _split_bwd(q: Tensor, arch: str, precision: str) -> tuple[Tile, int, int]:
+def _split_bwd(q: Tensor, options: Options, arch: str) -> tuple[Tile, int, int]:
     """The tile, and of a head's programs how many own keys, and how many there are."""
-    batch, tokens, heads, dim = q.shape
-    sizes = {"head_dim": dim, "tokens": tokens, "heads": batch * heads}
-    chosen = tile("attention_bwd", arch, dtype_class(q.dtype, precision), **sizes)
-    key_programs = -(-tokens // chosen.constants["KEYS_N"])
-    return chosen, key_programs, key_programs + -(-tokens // chosen.constants["QUERIES_M"])
+    chosen = tile("attention_bwd", arch, dtype_class(q.dtype, options.precision), **_sizes(q, options))
+    key_programs = -(-q.shape[1] // chosen.constants["KEYS_N"])
+    return chosen, key_programs, key_programs + -(-q.shape[1] // chosen.constants["QUERIES_M"])
+
+
+def _sizes(q: Tensor, options: Options) -> dict[str, int]:
+    """What the tile tables bound; ``load`` is 1 where masks, norms or rotations take registers of their own."""
+    extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
+    load = int(any(extra is not None for extra in extras))
+    return {"head_dim": q.shape[3], "tokens": q.shape[1], "load": load}

@@ -77,7 +77,7 @@ def _attention_bwd_kernel(
     """The first ``key_programs`` of a head's ``programs`` own KEYS_N keys each, the rest QUERIES_M queries.
 
     Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
-    channels lie side by side unless GRAD_ALIGN is 0. ``sums_ptr`` [B * H * programs, 2, d], if there is one,
+    channels lie side by side where their stride is None. ``sums_ptr`` [B * H * programs, 2, d], if there is one,
     takes each program's share of the norm weights' gradients.
     """
     pid = tl.program_id(0)
@@ -93,14 +93,12 @@ def _attention_bwd_kernel(
     out_ptr += batch.to(tl.int64) * tokens * stride_out + head * dim
     dqkv_ptr += batch.to(tl.int64) * tokens * stride_out * 3 + head * dim
     lse_ptr += (batch.to(tl.int64) * heads + head) * tokens
-    if GRAD_ALIGN > 0:
-        stride_lane = None
-        stride_grad = stride_grad_token * GRAD_ALIGN
-        grad_ptr = head_start(grad_ptr, batch, head, stride_grad_batch * GRAD_ALIGN, dim)
+    stride_grad = stride_grad_token * GRAD_ALIGN
+    grad_ptr = head_start(grad_ptr, batch, head, stride_grad_batch * GRAD_ALIGN, 0)
+    if stride_grad_channel is None:
+        grad_ptr += head * dim
     else:
-        stride_lane = stride_grad_channel.to(tl.int64) if F.int64 else stride_grad_channel
-        stride_grad = stride_grad_token
-        grad_ptr = head_start(grad_ptr, batch, head, stride_grad_batch, stride_grad_channel.to(tl.int64) * dim)
+        grad_ptr += head.to(tl.int64) * dim * stride_grad_channel
     if F.rope != "":
         cos_ptr = head_start(cos_ptr, batch, head, stride_rope_batch, stride_rope_head)
         sin_ptr = head_start(sin_ptr, batch, head, stride_rope_batch, stride_rope_head)
@@ -114,7 +112,7 @@ def _attention_bwd_kernel(
     q = (q_ptr, stride_q, (q_weight_ptr, q_bias_ptr, eps))
     k = (k_ptr, stride_k, (k_weight_ptr, k_bias_ptr, eps))
     v = (v_ptr, stride_v)
-    out = (out_ptr, stride_out, grad_ptr, stride_grad, stride_lane, lse_ptr)
+    out = (out_ptr, stride_out, grad_ptr, stride_grad, stride_grad_channel, lse_ptr)
     rope = (cos_ptr, sin_ptr, stride_rope_token, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     grads = (dqkv_ptr, 3 * stride_out, sums_ptr)

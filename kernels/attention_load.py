@@ -6,6 +6,7 @@ pairs, so there the parts are the two halves (i with i + d/2) or the even and th
 2i + 1): a rotation is then elementwise between the parts, and q . k is the sum of two products in any case.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -44,6 +45,7 @@ class Form(NamedTuple):
     int64: bool
 
 
+@cache
 def parts_of(dim: int, layout: str = "") -> Parts:
     """The two parts of ``dim`` channels: as they lie, or for rotary positions in ``layout``."""
     if layout:

@@ -1,12 +1,13 @@
 """What the kernels of both directions are told alike: layouts, masks, norms, rotary tables, as launch arguments."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention_load import Form, parts_of
-from .launch import needs_int64, vector_width
+from .launch import INT32_MAX, vector_width
 
 MAX_HEAD_DIM = 256
 
@@ -60,9 +61,12 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
         args |= {stride: elements // align for stride, elements in strides.items()}
     args |= _strides("mask", mask, "batch", "head", "query", "key")
     args |= _strides("key", key_mask, "batch", "token")
+    # None tells the compiler that elements lie side by side, as they do in all but an odd mask.
+    args |= {name: None for name in ("stride_mask_key", "stride_key_token") if args[name] == 1}
     args |= _strides("rope", cos, "batch", "head", "token")
     args |= {"prefix": options.num_prefix_tokens, "tokens": tokens, "heads": heads}
-    far = needs_int64(*(t[:1, :, :1] for t in (q, k, v)), None if mask is None else mask[:1, :1])
+    steps = [t.stride(1) for t in (q, k, v)] + ([] if mask is None else [mask.stride(2)])
+    far = max(steps) * tokens > INT32_MAX
     form = Form(
         options.qk_norm or "",
         options.layout,
@@ -74,6 +78,7 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
     return args, {"F": form, "QK": parts_of(dim, options.layout), "V": parts_of(dim), "ALIGN": align}
 
 
+@cache
 def tail_of(tokens: int, block: int) -> int:
     """How wide a last block must be behind full ones: 0, 16, 32, ... ``block``."""
     rest = tokens % block

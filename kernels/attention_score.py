@@ -60,6 +60,12 @@ def accumulate(acc_a, acc_b, weights, a, b, P: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def along(places, stride):
+    """Offsets of elements that lie side by side (stride None) or not. The first need one register a row."""
+    return places if stride is None else places * stride
+
+
+@triton.jit
 def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.constexpr):
     """Logits with masks, and what to multiply them by to have them in units of log 2.
 
@@ -74,11 +80,11 @@ def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.cons
         s *= factor
         factor = 1.0
     if F.key_mask:
-        seen = tl.load(key_mask_ptr + keys * stride, mask=keys < count, other=1)
+        seen = tl.load(key_mask_ptr + along(keys, stride), mask=keys < count, other=1)
         s += tl.where(seen != 0, 0.0, float("-inf"))
     if F.mask != "":
         inside = (queries < count) & (keys < count)
-        value = tl.load(mask_ptr + queries * stride_query + keys * stride_key, mask=inside, other=0)
+        value = tl.load(mask_ptr + queries * stride_query + along(keys, stride_key), mask=inside, other=0)
         if F.mask == "bool":
             # A query past the last sees every key: its row is not stored, and must not look masked.
             s += tl.where((value != 0) | (queries >= count), 0.0, float("-inf"))

@@ -37,6 +37,7 @@ class Tile:
     status: str
 
 
+@cache
 def tile(kernel: str, arch: str, dtype: str, **sizes: int) -> Tile:
     """The first entry of the architecture's table that fits.
 

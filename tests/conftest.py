@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Before triton is imported, which reads it once: kernels run on a CPU through its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("developer", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "developer")

@@ -96,7 +96,8 @@ def _between(canaries: Canaries, allocate: Callable[..., torch.Tensor]) -> Calla
     def allocate_between(*args, **kwargs):
         template = allocate(*args, **kwargs)
         plain = type(template) is torch.Tensor and template.layout == torch.strided and not template.is_meta
-        return canaries.like(template) if plain and "out" not in kwargs else template
+        # Nothing can be written to an empty one but by giving it memory of its own, as Triton's interpreter does.
+        return canaries.like(template) if plain and template.numel() and "out" not in kwargs else template
 
     return allocate_between
 

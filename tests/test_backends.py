@@ -21,6 +21,7 @@ def refusal(*args, **kwargs):
 def _no_environment(monkeypatch):
     monkeypatch.setattr(backends, "_environment", {})
     monkeypatch.setattr(backends, "_disabled", False)
+    monkeypatch.setattr(backends, "_unmeasured", False)
 
 
 @pytest.fixture
@@ -61,6 +62,21 @@ def test_a_named_backend_runs_or_says_why_not(op, name):
         with pytest.raises(BackendUnavailable) as raised:
             resolve(op, x)
     assert str(raised.value) == f"{op}: backend {name!r} cannot run: {reason}"
+
+
+def test_auto_takes_only_what_is_worth_it(monkeypatch):
+    able = Backend("triton", lambda *args: None, refusal)
+    monkeypatch.setitem(backends.TABLE, "attention", (able, TABLE["attention"][-1]))
+    assert resolve("attention") == "reference"
+    assert describe()[2] == (
+        "attention",
+        "reference",
+        "triton: not today; FASTVIT_UNMEASURED=1 uses it all the same",
+    )
+    with use_backend("triton"):
+        assert resolve("attention") == "triton"
+    monkeypatch.setattr(backends, "_unmeasured", True)
+    assert resolve("attention") == "triton"
 
 
 def test_a_named_backend_never_falls_back(table):
@@ -221,7 +237,7 @@ def test_a_compiled_function_follows_a_change_of_backend(monkeypatch):
         compiled(x)
 
 
-def test_leaving_takes_ones_own_frame_not_the_last():
+def test_leaving_takes_ones_own_frame_not_the_last(table):
     """Another thread may leave between our entering and our leaving."""
     first, second = use_backend("reference"), use_backend(attention="triton")
     first.__enter__()
@@ -232,4 +248,4 @@ def test_leaving_takes_ones_own_frame_not_the_last():
             resolve("attention")
     finally:
         second.__exit__(None, None, None)
-    assert resolve("attention") == "reference"
+    assert resolve("attention") == "cuda"

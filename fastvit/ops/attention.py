@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function
 from .. import backends
 from ..reference import attention as reference
 from ..reference.rotary import ROPE_LAYOUTS
-from . import checks
+from . import attention_triton, checks
 from .overrides import overridden
 
 
@@ -92,7 +92,8 @@ def attention(
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).unbind(2)
-    backends.resolve("attention", q, k, v, **options)
+    if backends.resolve("attention", q, k, v, **options) == "triton":
+        return attention_triton.attention(qkv, (q, k, v), **options)
     return reference(q, k, v, **options)
 
 

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backends
 from ..reference import patch_embed as reference
-from . import checks
+from . import checks, patch_embed_triton
 from .overrides import overridden
 
 
@@ -47,7 +47,8 @@ def patch_embed(
         return handle_torch_function(patch_embed, tensors, *tensors, mean=mean, std=std)
     _check(images, weight, bias, pos_embed, prefix)
     mean, std = (_per_channel(name, value, images, weight) for name, value in (("mean", mean), ("std", std)))
-    backends.resolve("patch_embed", *tensors, mean=mean, std=std)
+    if backends.resolve("patch_embed", *tensors, mean=mean, std=std) == "triton":
+        return patch_embed_triton.patch_embed(*tensors, mean, std)
     return reference(*tensors, mean=mean, std=std)
 
 
