@@ -15,7 +15,7 @@ STAMP := .venv/.stamp
 OLD_TRITON := 3.6.0
 OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
 
-.PHONY: setup demo test lint aot wheel
+.PHONY: setup demo test test-gpu bench lint aot wheel
 
 setup: $(STAMP)
 
@@ -38,6 +38,18 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests -n 2
+
+# Fails where there is no GPU: a run in which everything was skipped must not look green. Workers, because
+# most of the time goes to compiling kernels; GPU_WORKERS=0 runs in one process.
+GPU_WORKERS ?= 4
+test-gpu: $(STAMP)
+	@$(BIN)/python -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs --need-gpu -n $(GPU_WORKERS)
+
+# BENCH="--quick", say, or "--filter 'fwd bfloat16'"; --help lists the rest.
+BENCH ?=
+bench: $(STAMP)
+	$(BIN)/python -m fastvit_benchmarks.bench_attention $(BENCH)
+	$(BIN)/python -m fastvit_benchmarks.bench_patch_embed $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -77,6 +77,22 @@ class Attention(Case):
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             return sdpa(qkv, heads=self.heads)
 
+    @torch.no_grad()
+    def uncancelled(self, qkv: Tensor, grad: Tensor) -> Results:
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scale = self.head_dim**-0.5
+        weights = (q @ k.mT * scale).softmax(-1)
+        q, k, v, grad = (t.abs() for t in (q, k, v, grad.unflatten(-1, (self.heads, -1)).transpose(1, 2)))
+        heavy = weights * (q @ k.mT * scale).clamp(min=1)
+        out = (heavy @ v).transpose(1, 2).flatten(2)
+        if self.direction == "fwd":
+            return (out,)
+        passed = grad @ v.mT
+        logits = heavy * (passed + (passed * weights).sum(-1, keepdim=True)) * scale
+        gradients = torch.stack([logits @ k, logits.mT @ q, heavy.mT @ grad], dim=2)
+        dqkv = gradients.permute(0, 3, 2, 1, 4).flatten(2)
+        return (dqkv,) if self.direction == "bwd" else (out, dqkv)
+
     def sample(self, tensors: Inputs) -> Inputs:
         return {name: self._ends(tensor) for name, tensor in tensors.items()}
 

@@ -75,6 +75,10 @@ class Case(ABC):
     def parts(self, results: Results) -> dict[str, tuple[Tensor, str]]:
         """What is judged of the results: tensors with their kind (see ``judge``), by name."""
 
+    @abstractmethod
+    def uncancelled(self, **inputs: Tensor) -> Results:
+        """How large the results would be if nothing cancelled: by absolute values, from inputs in float64."""
+
     def sample(self, tensors: Inputs) -> Inputs:
         """As much of the inputs as is judged."""
         return tensors
@@ -146,14 +150,14 @@ def run_case(
     with products_in(case.dtype), _prepared():
         try:
             inputs = _input_sets(case, device)
-            truth, torchs = _truth(case, inputs[0])
+            known = _truth(case, inputs[0])
         except torch.OutOfMemoryError as error:
             outcome.absent = dict.fromkeys(providers, in_words(error))
             return outcome
         for name, prepare in providers.items():
             try:
                 prepared = [prepare(case, given) for given in inputs]
-                outcome.checks[name] = _checks(case, prepared[0](), truth, torchs)
+                outcome.checks[name] = _checks(case, prepared[0](), *known)
                 peaks[name] = _peak_mb(prepared[0], device)
             except Exception as error:  # each library raises its own for what it cannot run
                 outcome.absent[name] = in_words(error)
@@ -182,15 +186,14 @@ def in_words(error: BaseException) -> str:
 
 @contextmanager
 def _prepared() -> Iterator[None]:
-    """Compiled backwards keep their saved tensors' memory, to run many times; and nothing is said meanwhile.
-
-    torch warns once of each condition of each kernel that does not take a call.
-    """
+    """torch at its best, compiled backwards that may run many times, and nothing said of what cannot run."""
     logging.disable(logging.WARNING)
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings(action="ignore"):
             yield
     finally:
+        torch.backends.cudnn.benchmark = before
         logging.disable(logging.NOTSET)
 
 
@@ -202,19 +205,19 @@ def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
     return [first, *(case.inputs(seed, device) for seed in range(1, count))]
 
 
-def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results]:
-    """The results in float64, and torch's own in the case's dtype, of the sample that is judged."""
+def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results, Results]:
+    """Of the sample that is judged: float64, its size without cancellation, and torch's own in the dtype."""
     sample = case.sample(inputs)
     exact = {name: t.double() if t.is_floating_point() else t for name, t in sample.items()}
     reference = differentiated(case.reference)
-    return reference(case, exact)(), reference(case, sample)()
+    return reference(case, exact)(), case.uncancelled(**exact), reference(case, sample)()
 
 
-def _checks(case: Case, results: Results, truth: Results, torchs: Results) -> list[Check]:
-    found, exact, own = (case.parts(values) for values in (case.sampled(results), truth, torchs))
+def _checks(case: Case, results: Results, *known: Results) -> list[Check]:
+    found, truth, sizes, torchs = (case.parts(values) for values in (case.sampled(results), *known))
     how = {"tf32": case.dtype == "tf32", "backward": case.direction != "fwd"}
     return [
-        judge(name, out, exact[name][0], own[name][0], kind=kind, **how)
+        judge(name, out, truth[name][0], torchs[name][0], kind=kind, scale=sizes[name][0], **how)
         for name, (out, kind) in found.items()
     ]
 

@@ -20,6 +20,8 @@ from .reference.normalization import is_autocast
 
 OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
+# Channels a head up to which no tile spills: without and with masks, norms or rotary positions.
+FORWARD_LIMITS, BACKWARD_LIMITS = (MAX_HEAD_DIM, 128), (128, 64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # As triton itself reads it, once: kernels that were imported with it are interpreted ever after.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -51,7 +53,19 @@ def can_run_attention(
         return f"its kernels take up to {MAX_HEAD_DIM} channels a head, not {q.shape[-1]}"
     if needs_gradient(attn_mask, rope_cos, rope_sin):
         return "its kernels give no gradients to attn_mask, rope_cos and rope_sin"
+    given = (attn_mask, options.get("key_mask"), options.get("qk_norm"), rope_cos)
+    loaded = any(option is not None for option in given)
+    gradient = needs_gradient(q, k, v, *_norm_weights(options))
+    limit = (BACKWARD_LIMITS if gradient else FORWARD_LIMITS)[loaded]
+    if q.shape[-1] > limit:
+        what = "gradients" if gradient else "attention"
+        beside = " beside masks, norms and rotary positions" if loaded else ""
+        return f"its kernels take up to {limit} channels a head for {what}{beside}, not {q.shape[-1]}"
     return None
+
+
+def _norm_weights(options: dict[str, Any]) -> list[Tensor | None]:
+    return [options.get(f"{part}_norm_{kind}") for part in "qk" for kind in ("weight", "bias")]
 
 
 def worth_attention(q: Tensor | None = None, *args, **options) -> str | None:
@@ -66,8 +80,7 @@ def worth_attention(q: Tensor | None = None, *args, **options) -> str | None:
         "norm": options.get("qk_norm") is not None,
         "rope": options.get("rope_cos") is not None,
     }
-    weights = [options.get(f"{part}_norm_{kind}") for part in "qk" for kind in ("weight", "bias")]
-    gradient = needs_gradient(q, *args, *weights)
+    gradient = needs_gradient(q, *args, *_norm_weights(options))
     reason = _worth("attention", q, _names(beside), gradient, sizes)
     if reason is None or torch.compiler.is_compiling():  # a size in a text would be a constant to a compiler
         return reason

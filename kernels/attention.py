@@ -13,11 +13,13 @@ from .launch import Launch, arch_of, needs_int64, vector_width
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = False, **options) -> tuple[Tensor, Tensor]:
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = False, **options
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + masks) v for every head, q and k normalised and rotated first if asked.
 
     Args:
-        q, k, v: [B, N, H, d], float32, float16 or bfloat16, d up to 256; any strides but the last, which is 1.
+        q, k, v: [B, N, H, d], float32, float16 or bfloat16, d up to 256, with any strides but a last of 1.
         with_lse: also return the logits' log-sum-exp, which the backward needs.
         options: ``scale`` (above 0), ``attn_mask`` (bool or floating, up to [B, H, N, N]), ``key_mask`` (bool
             [B, N]), ``qk_norm`` ("layer_norm", "rms_norm" or None) with its weights [d] and ``qk_norm_eps``,
@@ -36,11 +38,13 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = False, **
     return out, lse
 
 
-def plan_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, options: Options, arch: str) -> Launch:
+def plan_fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, options: Options, arch: str
+) -> Launch:
     """The launch of the forward on an architecture, from shapes alone."""
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, heads, _ = q.shape
+    chosen, options = _choose("attention_fwd", q, options, arch)
     args, constants = shared_arguments(q, k, v, options)
-    chosen = tile("attention_fwd", arch, dtype_class(q.dtype, options.precision), **_sizes(q, options))
     shape = dict(chosen.constants)
     chunks = chunks_of(tokens) if shape.pop("RESIDENT") else ()
     programs = -(-tokens // shape["BLOCK_M"])
@@ -61,7 +65,10 @@ def chunks_of(tokens: int) -> tuple[int, ...]:
     """
     widths = (128, 64, 32, 16)
     covers = [
-        cover for count in (1, 2, 3) for cover in combinations_with_replacement(widths, count) if sum(cover) >= tokens
+        cover
+        for count in (1, 2, 3)
+        for cover in combinations_with_replacement(widths, count)
+        if sum(cover) >= tokens
     ]
     return min(covers, key=lambda cover: (sum(cover), len(cover)))
 
@@ -97,15 +104,17 @@ def attention_bwd(
     plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))()
     if sums is None:
         return dqkv, None, None, None, None
-    _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
+    _, _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
     of_k, of_q = sums[:, :of_keys].sum((0, 1)), sums[:, of_keys:].sum((0, 1))
     return dqkv, *of_q, *of_k
 
 
 def norm_sums(q: Tensor, options: Options, arch: str) -> Tensor:
     """Where the backward's programs leave their shares of the norm weights' gradients."""
-    _, _, programs = _split_bwd(q, options, arch)
-    return torch.empty((q.shape[0] * q.shape[2], programs, 2, q.shape[3]), dtype=torch.float32, device=q.device)
+    *_, programs = _split_bwd(q, options, arch)
+    return torch.empty(
+        (q.shape[0] * q.shape[2], programs, 2, q.shape[3]), dtype=torch.float32, device=q.device
+    )
 
 
 def plan_bwd(
@@ -122,12 +131,15 @@ def plan_bwd(
 ) -> Launch:
     """The launch of the backward on an architecture, from shapes alone."""
     batch, tokens, heads, _ = q.shape
+    chosen, options, key_programs, programs = _split_bwd(q, options, arch)
     args, constants = shared_arguments(q, k, v, options)
-    chosen, key_programs, programs = _split_bwd(q, options, arch)
     side_by_side = grad_out.stride(-1) == 1
     align = vector_width(grad_out) if side_by_side else 1
     args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv, "sums_ptr": sums}
-    args |= {"stride_grad_batch": grad_out.stride(0) // align, "stride_grad_token": grad_out.stride(1) // align}
+    args |= {
+        "stride_grad_batch": grad_out.stride(0) // align,
+        "stride_grad_token": grad_out.stride(1) // align,
+    }
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
     args |= {"programs": programs, "key_programs": key_programs}
     constants |= chosen.constants | {
@@ -140,15 +152,24 @@ def plan_bwd(
     return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 
 
-def _split_bwd(q: Tensor, options: Options, arch: str) -> tuple[Tile, int, int]:
-    """The tile, and of a head's programs how many own keys, and how many there are."""
-    chosen = tile("attention_bwd", arch, dtype_class(q.dtype, options.precision), **_sizes(q, options))
+def _split_bwd(q: Tensor, options: Options, arch: str) -> tuple[Tile, Options, int, int]:
+    """The tile, the options, and of a head's programs how many own keys, and how many there are."""
+    chosen, options = _choose("attention_bwd", q, options, arch)
     key_programs = -(-q.shape[1] // chosen.constants["KEYS_N"])
-    return chosen, key_programs, key_programs + -(-q.shape[1] // chosen.constants["QUERIES_M"])
+    return chosen, options, key_programs, key_programs + -(-q.shape[1] // chosen.constants["QUERIES_M"])
 
 
-def _sizes(q: Tensor, options: Options) -> dict[str, int]:
-    """What the tile tables bound; ``load`` is 1 where masks, norms or rotations take registers of their own."""
+def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, Options]:
+    """The tile, and the options with "ieee" for "tf32" where no tf32 tile would keep its registers.
+
+    ``load`` is 1 where masks, norms or rotations take registers of their own.
+    """
     extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
-    load = int(any(extra is not None for extra in extras))
-    return {"head_dim": q.shape[3], "tokens": q.shape[1], "load": load}
+    sizes = {"head_dim": q.shape[3], "tokens": q.shape[1], "load": int(any(x is not None for x in extras))}
+    wanted = dtype_class(q.dtype, options.precision)
+    try:
+        return tile(kernel, arch, wanted, **sizes), options
+    except LookupError:
+        if wanted != "tf32":
+            raise
+        return tile(kernel, arch, "ieee", **sizes), options._replace(precision="ieee")

@@ -76,9 +76,9 @@ def _attention_bwd_kernel(
 ):
     """The first ``key_programs`` of a head's ``programs`` own KEYS_N keys each, the rest QUERIES_M queries.
 
-    Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
-    channels lie side by side where their stride is None. ``sums_ptr`` [B * H * programs, 2, d], if there is one,
-    takes each program's share of the norm weights' gradients.
+    Strides of q, k, v and the rotary tables come in units of ALIGN elements, those of the output's gradient
+    in GRAD_ALIGN; its channels lie side by side where their stride is None. ``sums_ptr`` [B * H * programs,
+    2, d], if there is one, takes each program's share of the norm weights' gradients.
     """
     pid = tl.program_id(0)
     share = pid % programs
@@ -100,8 +100,8 @@ def _attention_bwd_kernel(
     else:
         grad_ptr += head.to(tl.int64) * dim * stride_grad_channel
     if F.rope != "":
-        cos_ptr = head_start(cos_ptr, batch, head, stride_rope_batch, stride_rope_head)
-        sin_ptr = head_start(sin_ptr, batch, head, stride_rope_batch, stride_rope_head)
+        cos_ptr = head_start(cos_ptr, batch, head, stride_rope_batch * ALIGN, stride_rope_head * ALIGN)
+        sin_ptr = head_start(sin_ptr, batch, head, stride_rope_batch * ALIGN, stride_rope_head * ALIGN)
     if F.mask != "":
         mask_ptr = head_start(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     if F.key_mask:
@@ -113,17 +113,48 @@ def _attention_bwd_kernel(
     k = (k_ptr, stride_k, (k_weight_ptr, k_bias_ptr, eps))
     v = (v_ptr, stride_v)
     out = (out_ptr, stride_out, grad_ptr, stride_grad, stride_grad_channel, lse_ptr)
-    rope = (cos_ptr, sin_ptr, stride_rope_token, prefix, tokens)
+    rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     grads = (dqkv_ptr, 3 * stride_out, sums_ptr)
     if share < key_programs:
         _own_keys(
-            q, k, v, out, grads, rope, masks, scale, share, tokens, stride_out, F, QK, V, KEYS_N, KEYS_M, KEYS_TAIL
+            q,
+            k,
+            v,
+            out,
+            grads,
+            rope,
+            masks,
+            scale,
+            share,
+            tokens,
+            stride_out,
+            F,
+            QK,
+            V,
+            KEYS_N,
+            KEYS_M,
+            KEYS_TAIL,
         )
     else:
         share -= key_programs
         _own_queries(
-            q, k, v, out, grads, rope, masks, scale, share, tokens, F, QK, V, QUERIES_M, QUERIES_N, QUERIES_TAIL
+            q,
+            k,
+            v,
+            out,
+            grads,
+            rope,
+            masks,
+            scale,
+            share,
+            tokens,
+            F,
+            QK,
+            V,
+            QUERIES_M,
+            QUERIES_N,
+            QUERIES_TAIL,
         )
 
 
@@ -156,11 +187,51 @@ def _own_keys(
     full = tokens // M * M
     for start in range(0, full, M):
         dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, keys, start, q, out, rope, masks, scale, tokens, F, QK, V, M, False
+            dk_a,
+            dk_b,
+            dv_a,
+            dv_b,
+            k_a,
+            k_b,
+            v_a,
+            v_b,
+            keys,
+            start,
+            q,
+            out,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            M,
+            False,
         )
     if TAIL > 0:
         dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a, dk_b, dv_a, dv_b, k_a, k_b, v_a, v_b, keys, full, q, out, rope, masks, scale, tokens, F, QK, V, TAIL, True
+            dk_a,
+            dk_b,
+            dv_a,
+            dv_b,
+            k_a,
+            k_b,
+            v_a,
+            v_b,
+            keys,
+            full,
+            q,
+            out,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            TAIL,
+            True,
         )
     dqkv_ptr, stride, sums_ptr = grads
     store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, stride, tokens, V)
@@ -235,11 +306,51 @@ def _own_queries(
     full = tokens // N * N
     for start in range(0, full, N):
         dq_a, dq_b = _pass_keys(
-            dq_a, dq_b, q_a, q_b, grad_a, grad_b, lse, delta, rows, start, k, v, rope, masks, scale, tokens, F, QK, V, N, False
+            dq_a,
+            dq_b,
+            q_a,
+            q_b,
+            grad_a,
+            grad_b,
+            lse,
+            delta,
+            rows,
+            start,
+            k,
+            v,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            N,
+            False,
         )
     if TAIL > 0:
         dq_a, dq_b = _pass_keys(
-            dq_a, dq_b, q_a, q_b, grad_a, grad_b, lse, delta, rows, full, k, v, rope, masks, scale, tokens, F, QK, V, TAIL, True
+            dq_a,
+            dq_b,
+            q_a,
+            q_b,
+            grad_a,
+            grad_b,
+            lse,
+            delta,
+            rows,
+            full,
+            k,
+            v,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            TAIL,
+            True,
         )
     dqkv_ptr, stride, sums_ptr = grads
     dq_a, dq_b = prepare_backward(

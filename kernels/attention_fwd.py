@@ -8,7 +8,14 @@ from .attention_score import LN2, accumulate, head_start, indices, load_prepared
 
 # Sizes and strides: Triton would compile a variant for each kind of value, which gains nothing here.
 INTEGERS = [
-    *("stride_q_batch", "stride_q_token", "stride_q_head", "stride_k_batch", "stride_k_token", "stride_k_head"),
+    *(
+        "stride_q_batch",
+        "stride_q_token",
+        "stride_q_head",
+        "stride_k_batch",
+        "stride_k_token",
+        "stride_k_head",
+    ),
     *("stride_v_batch", "stride_v_token", "stride_v_head", "stride_mask_batch", "stride_mask_head"),
     *("stride_mask_query", "stride_mask_key", "stride_key_batch", "stride_key_token", "stride_rope_batch"),
     *("stride_rope_head", "stride_rope_token", "prefix", "tokens", "heads", "programs"),
@@ -65,9 +72,9 @@ def _attention_fwd_kernel(
 ):
     """Softmax attention of one head, for the query blocks of one of ``programs`` programs.
 
-    CHUNKS, the widths that the keys are cut into, makes the resident form; without it, the online one. Strides
-    of q, k and v come in units of ALIGN elements, for the compiler to see how wide it may read. An ``lse_ptr``
-    of None stores no log-sum-exp.
+    CHUNKS, the widths that the keys are cut into, makes the resident form; without it, the online one.
+    Strides of q, k, v and the rotary tables come in units of ALIGN elements, for the compiler to see how wide
+    it may read. An ``lse_ptr`` of None stores no log-sum-exp.
     """
     pid = tl.program_id(0)
     share = pid % programs
@@ -82,8 +89,8 @@ def _attention_fwd_kernel(
     if lse_ptr is not None:
         lse_ptr += (batch.to(tl.int64) * heads + head) * tokens
     if F.rope != "":
-        cos_ptr = head_start(cos_ptr, batch, head, stride_rope_batch, stride_rope_head)
-        sin_ptr = head_start(sin_ptr, batch, head, stride_rope_batch, stride_rope_head)
+        cos_ptr = head_start(cos_ptr, batch, head, stride_rope_batch * ALIGN, stride_rope_head * ALIGN)
+        sin_ptr = head_start(sin_ptr, batch, head, stride_rope_batch * ALIGN, stride_rope_head * ALIGN)
     if F.mask != "":
         mask_ptr = head_start(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     if F.key_mask:
@@ -93,7 +100,7 @@ def _attention_fwd_kernel(
     k = (k_ptr, stride_k, (k_weight_ptr, k_bias_ptr, eps))
     v = (v_ptr, stride_v)
     out = (out_ptr, stride_out, lse_ptr)
-    rope = (cos_ptr, sin_ptr, stride_rope_token, prefix, tokens)
+    rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     if len(CHUNKS) > 0:
         resident(q, k, v, out, rope, masks, scale, share, programs, tokens, F, QK, V, BLOCK_M, CHUNKS)
@@ -121,7 +128,7 @@ def resident(
 ):
     """Keys and values are loaded once, in up to three chunks, and stay while the query blocks pass.
 
-    All logits of a row are there at once, so the softmax takes one pass: no running maximum, nothing rescaled.
+    All logits of a row are there at once, so the softmax takes one pass: nothing is rescaled.
     """
     C: tl.constexpr = len(CHUNKS)
     keys_0 = indices(0, CHUNKS[0], F)
@@ -195,11 +202,47 @@ def online(
     full = tokens // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         acc_a, acc_b, top, total = attend(
-            acc_a, acc_b, top, total, q_a, q_b, rows, start, k, v, rope, masks, scale, tokens, F, QK, V, BLOCK_N, False
+            acc_a,
+            acc_b,
+            top,
+            total,
+            q_a,
+            q_b,
+            rows,
+            start,
+            k,
+            v,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            BLOCK_N,
+            False,
         )
     if TAIL > 0:
         acc_a, acc_b, top, total = attend(
-            acc_a, acc_b, top, total, q_a, q_b, rows, full, k, v, rope, masks, scale, tokens, F, QK, V, TAIL, True
+            acc_a,
+            acc_b,
+            top,
+            total,
+            q_a,
+            q_b,
+            rows,
+            full,
+            k,
+            v,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            TAIL,
+            True,
         )
     finish(acc_a, acc_b, top, total, rows, out, tokens, V)
 

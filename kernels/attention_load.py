@@ -33,8 +33,8 @@ class Parts(NamedTuple):
 class Form(NamedTuple):
     """What a call computes, as far as the compiler must know: one compile-time constant of the kernels.
 
-    ``norm`` and ``rope`` name the load stage's work, ``mask`` is "", "bias" or "bool"; ``precision`` is that of
-    float32 products; ``int64`` makes offsets within a head 64 bits.
+    ``norm`` and ``rope`` name the load stage's work, ``mask`` is "", "bias" or "bool"; ``precision`` is that
+    of float32 products; ``int64`` makes offsets within a head 64 bits.
     """
 
     norm: str
@@ -103,7 +103,15 @@ def load_parts(ptr, rows, stride, count, P: tl.constexpr, EDGE: tl.constexpr, st
 
 @triton.jit
 def store_part(
-    ptr, part, rows, stride, count, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr
+    ptr,
+    part,
+    rows,
+    stride,
+    count,
+    START: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     lanes = tl.arange(0, WIDTH)
     places = ptr + rows[:, None] * stride + (START + STEP * lanes)[None, :]
@@ -129,7 +137,7 @@ def row_sum(a, b, P: tl.constexpr):
 
 @triton.jit
 def standardize(a, b, eps, P: tl.constexpr, F: tl.constexpr):
-    """(x - mean) / std of each row in float32, or x / rms; also 1 / std. Lanes past the channels stay zero."""
+    """(x - mean) / std of each row in float32, or x / rms; also 1 / std. Other lanes stay zero."""
     a, b = a.to(tl.float32), b.to(tl.float32)
     if F.norm == "layer_norm":
         mean = row_sum(a, b, P) / P.dim

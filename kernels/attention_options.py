@@ -1,4 +1,4 @@
-"""What the kernels of both directions are told alike: layouts, masks, norms, rotary tables, as launch arguments."""
+"""What both directions are told alike, as launch arguments: layouts, masks, norms, rotary tables."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -36,7 +36,9 @@ class Options(NamedTuple):
         return self.rope_layout if self.rope_cos is not None else ""
 
 
-def shared_arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+def shared_arguments(
+    q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The run-time arguments and the constants that forward and backward have in common.
 
     Raises:
@@ -49,21 +51,22 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
         raise ValueError("attention: the channels of q, k and v must be contiguous; copy the tensor first")
     mask, mask_kind = _mask(options.attn_mask, (batch, heads, tokens, tokens))
     key_mask = None if options.key_mask is None else options.key_mask.view(torch.uint8)
-    cos, sin = _tables(options.rope_cos, options.rope_sin, (batch, heads, tokens - options.num_prefix_tokens, dim))
+    cos, sin = _tables(
+        options.rope_cos, options.rope_sin, (batch, heads, tokens - options.num_prefix_tokens, dim)
+    )
     args = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask, "key_mask_ptr": key_mask}
     for name in ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias"):
         vector = getattr(options, name)
         args[f"{name.replace('norm_', '')}_ptr"] = None if vector is None else vector.contiguous()
     args |= {"cos_ptr": cos, "sin_ptr": sin, "scale": float(options.scale), "eps": float(options.qk_norm_eps)}
-    align = vector_width(q, k, v)
+    align = vector_width(q, k, v, cos)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        strides = _strides(name, tensor, "batch", "token", "head")
-        args |= {stride: elements // align for stride, elements in strides.items()}
+        args |= _strides(name, tensor, "batch", "token", "head", unit=align)
     args |= _strides("mask", mask, "batch", "head", "query", "key")
     args |= _strides("key", key_mask, "batch", "token")
     # None tells the compiler that elements lie side by side, as they do in all but an odd mask.
     args |= {name: None for name in ("stride_mask_key", "stride_key_token") if args[name] == 1}
-    args |= _strides("rope", cos, "batch", "head", "token")
+    args |= _strides("rope", cos, "batch", "head", "token", unit=align)
     args |= {"prefix": options.num_prefix_tokens, "tokens": tokens, "heads": heads}
     steps = [t.stride(1) for t in (q, k, v)] + ([] if mask is None else [mask.stride(2)])
     far = max(steps) * tokens > INT32_MAX
@@ -85,9 +88,9 @@ def tail_of(tokens: int, block: int) -> int:
     return next(width for width in (0, 16, 32, 64, 128, 256) if width >= rest)
 
 
-def _strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
+def _strides(name: str, tensor: Tensor | None, *dims: str, unit: int = 1) -> dict[str, int]:
     strides = (0,) * len(dims) if tensor is None else tensor.stride()[: len(dims)]
-    return {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=True)}
+    return {f"stride_{name}_{dim}": stride // unit for dim, stride in zip(dims, strides, strict=True)}
 
 
 def _mask(mask: Tensor | None, full: tuple[int, ...]) -> tuple[Tensor | None, str]:
@@ -99,7 +102,9 @@ def _mask(mask: Tensor | None, full: tuple[int, ...]) -> tuple[Tensor | None, st
     return mask.expand(full), "bias"
 
 
-def _tables(cos: Tensor | None, sin: Tensor | None, full: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+def _tables(
+    cos: Tensor | None, sin: Tensor | None, full: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
     """Both tables at their full size and of one layout: small ones that differ are copied."""
     if cos is None:
         return None, None

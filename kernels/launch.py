@@ -1,4 +1,4 @@
-"""A launch as a value: planned from shapes alone, so that what is compiled ahead of time is what a call runs."""
+"""A launch as a value, planned from shapes alone: what is compiled ahead of time is what a call runs."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -61,7 +61,9 @@ def check_grid(grid: tuple[int, ...]) -> None:
     limits = (INT32_MAX, 65535, 65535)
     for axis, size, limit in zip("xyz", grid, limits, strict=False):
         if size > limit:
-            raise ValueError(f"the launch needs {size} programs in {axis}, and CUDA takes {limit}; split the batch")
+            raise ValueError(
+                f"the launch needs {size} programs in {axis}, and CUDA takes {limit}; split the batch"
+            )
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
@@ -83,7 +85,7 @@ def vector_width(*tensors: Tensor | None) -> int:
 
 
 def arch_of(device: torch.device) -> str:
-    """"sm_90" and the like of a CUDA device; "cpu" for any other, where the interpreter runs."""
+    """ "sm_90" and the like of a CUDA device; "cpu" for any other, where the interpreter runs."""
     return f"sm_{''.join(map(str, _capability(device)))}" if device.type == "cuda" else "cpu"
 
 

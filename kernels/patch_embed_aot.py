@@ -20,13 +20,14 @@ CASES = (
     ("fwd", "half", "uint8", "nchw", 8, 256, "positions"),
     ("fwd", "half", "float", "strided", 5, 256, "bias"),
     ("fwd", "tf32", "float", "nchw", 14, 256, "bias positions prefix colours"),
-    ("fwd", "ieee", "uint8", "nhwc", 32, 64, "patches prefix colours"),
+    ("fwd", "ieee", "float", "nhwc", 32, 64, "patches prefix colours"),
     ("dweight", "half", "float", "nchw", 16, 256, ""),
-    ("dweight", "half", "uint8", "nhwc", 14, 256, "colours prefix transposed"),
+    ("dweight", "half", "uint8", "nhwc", 14, 256, "colours prefix"),
     ("dweight", "tf32", "float", "nchw", 32, 64, "prefix colours"),
-    ("dweight", "ieee", "uint8", "strided", 5, 256, ""),
+    ("dweight", "ieee", "float", "strided", 5, 256, ""),
     ("dimages", "half", "float", "nchw", 14, 256, "prefix"),
     ("dimages", "tf32", "float", "nhwc", 16, 256, "colours transposed"),
+    ("dimages", "ieee", "float", "nchw", 16, 64, ""),
     ("sums", "half", "float", "nchw", 16, 256, "positions prefix"),
 )
 

@@ -8,7 +8,8 @@ A file maps a kernel's name to entries in order; the first that fits is taken:
 Lower-case names are conditions: ``dtype`` is "half" (float16, bfloat16), "tf32" or "ieee" (float32), and a
 number is the largest size that the entry is for. Capitals are the kernel's constants. ``status`` is
 "measured" (with "gpu", "date" and "commit") or "modelled": chosen from the register and shared-memory facts
-of a compile. An architecture without a file of its own, and the CPU's interpreter, take ``safe.json``.
+of a compile. A file of {"like": "sm_89"} is that one's table. An architecture without a file of its own, and
+the CPU's interpreter, take ``safe.json``.
 """
 
 import json
@@ -48,10 +49,12 @@ def tile(kernel: str, arch: str, dtype: str, **sizes: int) -> Tile:
         sizes: what the entries bound: head_dim, tokens, ...
 
     Raises:
-        LookupError: if no entry fits, which no size that an op accepts does.
+        LookupError: if no entry fits.
     """
     for entry in table(arch)[kernel]:
-        if entry.get("dtype", dtype) == dtype and all(size <= entry.get(name, size) for name, size in sizes.items()):
+        if entry.get("dtype", dtype) == dtype and all(
+            size <= entry.get(name, size) for name, size in sizes.items()
+        ):
             return _tile(entry)
     raise LookupError(f"no tile for {kernel} on {arch} in {dtype} with {sizes}")
 
@@ -59,7 +62,8 @@ def tile(kernel: str, arch: str, dtype: str, **sizes: int) -> Tile:
 @cache
 def table(arch: str) -> dict[str, list[dict[str, Any]]]:
     """The table of an architecture, as its file has it: entries by kernel."""
-    return json.loads((FOLDER / f"{arch if arch in ARCHITECTURES else 'safe'}.json").read_text())
+    entries = json.loads((FOLDER / f"{arch if arch in ARCHITECTURES else 'safe'}.json").read_text())
+    return table(entries["like"]) if "like" in entries else entries
 
 
 def dtype_class(dtype: torch.dtype, precision: str = "ieee") -> str:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,8 @@ import fastvit
 from fastvit import ops
 from fastvit.regimes import OPS
 
+NUMBERS = count()
+
 
 def mutated_ops(mutant: Mutant, folder: Path) -> ModuleType:
     """fastvit.ops, imported anew from a copy of the source that has the fault in it.
@@ -21,10 +24,11 @@ def mutated_ops(mutant: Mutant, folder: Path) -> ModuleType:
     Raises:
         LookupError: the source does not hold exactly once what is to be replaced: the mutant has rotted.
     """
-    home, package = Path(fastvit.__file__).parent, folder / "fastvit_mutant"
+    # A name of its own: it is also the namespace that the copy registers its ops in, once in a process.
+    home, package = Path(fastvit.__file__).parent, folder / f"fastvit_mutant_{next(NUMBERS)}"
     for part in ("ops", "reference"):
         shutil.copytree(home / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("backends.py", "errors.py"):
+    for module in ("backends.py", "errors.py", "derived.py", "measurements.py", "triton_backend.py"):
         shutil.copy(home / module, package)
     (package / "__init__.py").touch()
     path = package / mutant.file

@@ -68,9 +68,16 @@ def _precision(weight: Tensor) -> str:
     return "tf32" if weight.dtype == torch.float32 and tf32("patch_embed") else "ieee"
 
 
+def _exact(images: Tensor, weight: Tensor) -> Tensor:
+    """Bytes as floats where products are to be exact: Triton 3.6 rounds a dot of bytes to tf32 on sm_100."""
+    exact = weight.dtype == torch.float32 and _precision(weight) == "ieee"
+    return images.float() / 255 if exact and images.dtype == torch.uint8 else images
+
+
 def _fwd_kernels(images, weight, bias, pos_embed, prefix, mean, std, keep):
     from fastvit_kernels import patch_embed as kernels
 
+    images = _exact(images, weight)
     projection = None
     if keep and _packs(images, weight, mean, std):
         name = ("patch_embed", images.dtype, kernels.image_layout(images))
@@ -101,8 +108,10 @@ def _fwd_autograd(images, weight, bias, pos_embed, prefix, mean, std, keep):
 def _bwd_kernels(grad_out, images, weight, num_prefix, pos_embed_rows, mean, std, needs):
     from fastvit_kernels import patch_embed as kernels
 
+    # A transposed gradient is copied: read across, it took more registers than there are.
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     gradients = kernels.patch_embed_bwd(
-        *(grad_out, images, weight),
+        *(grad_out, _exact(images, weight), weight),
         num_prefix=num_prefix,
         pos_embed_rows=pos_embed_rows,
         needs=tuple(needs),
