@@ -9,9 +9,10 @@ kinds of program of a head run side by side and read the same lines.
 import triton
 import triton.language as tl
 
+from .attention_bwd_keys import own_keys
+from .attention_bwd_queries import own_queries
 from .attention_fwd import INTEGERS as FWD_INTEGERS
-from .attention_load import load_parts, prepare_backward, store_parts
-from .attention_score import LOG2E, accumulate, head_start, indices, load_prepared, masked, product, zeros
+from .attention_score import head_start
 
 INTEGERS = [*FWD_INTEGERS, "stride_grad_batch", "stride_grad_token", "stride_grad_channel", "key_programs"]
 
@@ -117,7 +118,7 @@ def _attention_bwd_kernel(
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     grads = (dqkv_ptr, 3 * stride_out, sums_ptr)
     if share < key_programs:
-        _own_keys(
+        own_keys(
             q,
             k,
             v,
@@ -138,7 +139,7 @@ def _attention_bwd_kernel(
         )
     else:
         share -= key_programs
-        _own_queries(
+        own_queries(
             q,
             k,
             v,
@@ -156,256 +157,3 @@ def _attention_bwd_kernel(
             QUERIES_N,
             QUERIES_TAIL,
         )
-
-
-@triton.jit
-def _own_keys(
-    q,
-    k,
-    v,
-    out,
-    grads,
-    rope,
-    masks,
-    scale,
-    share,
-    tokens,
-    stride_part,
-    F: tl.constexpr,
-    QK: tl.constexpr,
-    V: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """dk and dv of N keys: the queries pass in blocks of M, full but for a last one, TAIL wide."""
-    keys = indices(share * N, N, F)
-    k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, True)
-    v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, True)
-    dk_a, dk_b = zeros(N, QK)
-    dv_a, dv_b = zeros(N, V)
-    full = tokens // M * M
-    for start in range(0, full, M):
-        dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a,
-            dk_b,
-            dv_a,
-            dv_b,
-            k_a,
-            k_b,
-            v_a,
-            v_b,
-            keys,
-            start,
-            q,
-            out,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            M,
-            False,
-        )
-    if TAIL > 0:
-        dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a,
-            dk_b,
-            dv_a,
-            dv_b,
-            k_a,
-            k_b,
-            v_a,
-            v_b,
-            keys,
-            full,
-            q,
-            out,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            TAIL,
-            True,
-        )
-    dqkv_ptr, stride, sums_ptr = grads
-    store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, stride, tokens, V)
-    dk_a, dk_b = prepare_backward(
-        dk_a * scale, dk_b * scale, k[0], keys, k[1], k[2], rope, sums_ptr, tokens, QK, F
-    )
-    store_parts(dqkv_ptr + stride_part, dk_a, dk_b, keys, stride, tokens, QK)
-
-
-@triton.jit
-def _pass_queries(
-    dk_a,
-    dk_b,
-    dv_a,
-    dv_b,
-    k_a,
-    k_b,
-    v_a,
-    v_b,
-    keys,
-    start,
-    q,
-    out,
-    rope,
-    masks,
-    scale,
-    tokens,
-    F: tl.constexpr,
-    QK: tl.constexpr,
-    V: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """What WIDTH queries add to dk and dv, in the transposed form, where only dS must change its layout."""
-    rows = indices(start, WIDTH, F)
-    q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, EDGE)
-    grad_a, grad_b, lse, delta = _load_outputs(out, rows, tokens, V, EDGE)
-    s = product(k_a, k_b, q_a, q_b, QK, F)
-    # Keys past the last are in rows of their own here, which are never stored.
-    s, factor = masked(s, rows[None, :], keys[:, None], scale, masks, tokens, F, False)
-    p = tl.exp2(s * factor - lse[None, :])
-    dv_a, dv_b = accumulate(dv_a, dv_b, p, grad_a, grad_b, V, F)
-    ds = p * (product(v_a, v_b, grad_a, grad_b, V, F) - delta[None, :])
-    dk_a, dk_b = accumulate(dk_a, dk_b, ds, q_a, q_b, QK, F)
-    return dk_a, dk_b, dv_a, dv_b
-
-
-@triton.jit
-def _own_queries(
-    q,
-    k,
-    v,
-    out,
-    grads,
-    rope,
-    masks,
-    scale,
-    share,
-    tokens,
-    F: tl.constexpr,
-    QK: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """dq of M queries: the keys pass in blocks of N, full but for a last one, TAIL wide."""
-    rows = indices(share * M, M, F)
-    q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-    grad_a, grad_b, lse, delta = _load_outputs(out, rows, tokens, V, True)
-    dq_a, dq_b = zeros(M, QK)
-    full = tokens // N * N
-    for start in range(0, full, N):
-        dq_a, dq_b = _pass_keys(
-            dq_a,
-            dq_b,
-            q_a,
-            q_b,
-            grad_a,
-            grad_b,
-            lse,
-            delta,
-            rows,
-            start,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            N,
-            False,
-        )
-    if TAIL > 0:
-        dq_a, dq_b = _pass_keys(
-            dq_a,
-            dq_b,
-            q_a,
-            q_b,
-            grad_a,
-            grad_b,
-            lse,
-            delta,
-            rows,
-            full,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            TAIL,
-            True,
-        )
-    dqkv_ptr, stride, sums_ptr = grads
-    dq_a, dq_b = prepare_backward(
-        dq_a * scale, dq_b * scale, q[0], rows, q[1], q[2], rope, sums_ptr, tokens, QK, F
-    )
-    store_parts(dqkv_ptr, dq_a, dq_b, rows, stride, tokens, QK)
-
-
-@triton.jit
-def _pass_keys(
-    dq_a,
-    dq_b,
-    q_a,
-    q_b,
-    grad_a,
-    grad_b,
-    lse,
-    delta,
-    rows,
-    start,
-    k,
-    v,
-    rope,
-    masks,
-    scale,
-    tokens,
-    F: tl.constexpr,
-    QK: tl.constexpr,
-    V: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """What WIDTH keys add to dq. Keys past the last get no weight: exp(0 - lse) may be anything."""
-    keys = indices(start, WIDTH, F)
-    k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, EDGE)
-    v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, EDGE)
-    s = product(q_a, q_b, k_a, k_b, QK, F)
-    s, factor = masked(s, rows[:, None], keys[None, :], scale, masks, tokens, F, EDGE)
-    p = tl.exp2(s * factor - lse[:, None])
-    ds = p * (product(grad_a, grad_b, v_a, v_b, V, F) - delta[:, None])
-    return accumulate(dq_a, dq_b, ds, k_a, k_b, QK, F)
-
-
-@triton.jit
-def _load_outputs(out, rows, tokens, V: tl.constexpr, EDGE: tl.constexpr):
-    """The output's gradient, the log-sum-exp in units of log 2, and delta = sum of output times gradient.
-
-    The log-sum-exp of a row that saw no key, or is none, becomes inf: its weights exp(s - inf) are zero.
-    """
-    out_ptr, stride_out, grad_ptr, stride_grad, stride_lane, lse_ptr = out
-    grad_a, grad_b = load_parts(grad_ptr, rows, stride_grad, tokens, V, EDGE, stride_lane)
-    out_a, out_b = load_parts(out_ptr, rows, stride_out, tokens, V, EDGE)
-    delta = tl.sum(out_a.to(tl.float32) * grad_a.to(tl.float32), axis=1)
-    if V.b_width > 0:
-        delta += tl.sum(out_b.to(tl.float32) * grad_b.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return grad_a, grad_b, lse * LOG2E, delta

@@ -3,8 +3,18 @@
 import triton
 import triton.language as tl
 
-from .attention_load import load_parts, store_parts
-from .attention_score import LN2, accumulate, head_start, indices, load_prepared, masked, product, zeros
+from .attention_load import load_parts
+from .attention_score import (
+    accumulate,
+    finish,
+    finite,
+    head_start,
+    indices,
+    load_prepared,
+    masked,
+    product,
+    zeros,
+)
 
 # Sizes and strides: Triton would compile a variant for each kind of value, which gains nothing here.
 INTEGERS = [
@@ -285,19 +295,3 @@ def attend(
         acc_b *= fade[:, None]
     acc_a, acc_b = accumulate(acc_a, acc_b, weights, v_a, v_b, V, F)
     return acc_a, acc_b, new_top, total
-
-
-@triton.jit
-def finite(top):
-    """The maximum to subtract: zero for a row that has seen no key, where -inf - -inf would be NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr):
-    """Divide by the sum and store; a row with no key to see is zeros, and its log-sum-exp -inf."""
-    out_ptr, stride, lse_ptr = out
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
-    store_parts(out_ptr, acc_a * share[:, None], acc_b * share[:, None], rows, stride, tokens, V)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + rows, (finite(top) + tl.log2(total)) * LN2, mask=rows < tokens)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .attention_load import load_parts, prepare
+from .attention_load import load_parts, prepare, store_parts
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -93,3 +93,36 @@ def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.cons
     if EDGE:
         s = tl.where(keys < count, s, float("-inf"))
     return s, factor
+
+
+@triton.jit
+def load_outputs(out, rows, tokens, V: tl.constexpr, EDGE: tl.constexpr):
+    """The output's gradient, the log-sum-exp in units of log 2, and delta = sum of output times gradient.
+
+    The log-sum-exp of a row that saw no key, or is none, becomes inf: its weights exp(s - inf) are zero.
+    """
+    out_ptr, stride_out, grad_ptr, stride_grad, stride_lane, lse_ptr = out
+    grad_a, grad_b = load_parts(grad_ptr, rows, stride_grad, tokens, V, EDGE, stride_lane)
+    out_a, out_b = load_parts(out_ptr, rows, stride_out, tokens, V, EDGE)
+    delta = tl.sum(out_a.to(tl.float32) * grad_a.to(tl.float32), axis=1)
+    if V.b_width > 0:
+        delta += tl.sum(out_b.to(tl.float32) * grad_b.to(tl.float32), axis=1)
+    lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return grad_a, grad_b, lse * LOG2E, delta
+
+
+@triton.jit
+def finite(top):
+    """The maximum to subtract: zero for a row that has seen no key, where -inf - -inf would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr):
+    """Divide by the sum and store; a row with no key to see is zeros, and its log-sum-exp -inf."""
+    out_ptr, stride, lse_ptr = out
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    store_parts(out_ptr, acc_a * share[:, None], acc_b * share[:, None], rows, stride, tokens, V)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows, (finite(top) + tl.log2(total)) * LN2, mask=rows < tokens)

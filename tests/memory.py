@@ -96,7 +96,7 @@ def _between(canaries: Canaries, allocate: Callable[..., torch.Tensor]) -> Calla
     def allocate_between(*args, **kwargs):
         template = allocate(*args, **kwargs)
         plain = type(template) is torch.Tensor and template.layout == torch.strided and not template.is_meta
-        # Nothing can be written to an empty one but by giving it memory of its own, as Triton's interpreter does.
+        # An empty one can only be given memory of its own, as Triton's interpreter does.
         return canaries.like(template) if plain and template.numel() and "out" not in kwargs else template
 
     return allocate_between

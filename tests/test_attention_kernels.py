@@ -93,7 +93,7 @@ OPTIONS = pairwise(
     dtype=DTYPES,
     grad=(None, *GRADS),
 )
-SIZES = [{"tokens": n, "head_dim": d} for n, d in ((7, 8), (50, 72), (33, 48), (35, 6), (17, 96))]
+SIZES = [{"tokens": n, "head_dim": d} for n, d in ((7, 8), (50, 72), (33, 48), (35, 22), (17, 96))]
 CELLS = [
     cell | size | {"form": form} for cell, size, form in zip(OPTIONS, cycle(SIZES), cycle((None, *FORMS)))
 ]
@@ -160,7 +160,8 @@ def test_is_finite_where_torchs_own_is(dtype, form, value, part):
 def test_no_other_heads_gradient_notices_a_nan(part):
     ours, untouched, _ = _with_one_value(torch.float32, "online", torch.nan, part, "contiguous")
     for name in "qkv":
-        assert not ours[name][0, :, 0].isfinite().all()
+        # dv is the weights' product with the output's gradient: a value cannot reach it.
+        assert bool(ours[name][0, :, 0].isfinite().all()) == (part == 2 and name == "v")
         beside = torch.ones_like(ours[name], dtype=torch.bool)
         beside[0, :, 0] = False
         assert torch.equal(ours[name][beside], untouched[name][beside])

@@ -7,19 +7,27 @@ from importlib import import_module
 
 import pytest
 
+from fastvit import triton_backend
 from fastvit_kernels import tiles
 
 FILES = (*tiles.ARCHITECTURES, "safe")
 CLASSES = ("half", "tf32", "ieee")
 # What an entry of a kernel may bound; tile() would pass over a misspelt name.
-SIZES = {"attention": {"head_dim", "tokens", "heads"}, "patch_embed": {"tokens"}}
+SIZES = {"attention": {"head_dim", "tokens", "load"}, "patch_embed": {"tokens"}}
 # No head is wider; every other size has no bound.
-LARGEST = {"head_dim": 256}
+LARGEST = {"head_dim": 256, "load": 1}
+# Channels a head that `can_run` lets through, without and with a load stage.
+LIMITS = {"attention_fwd": triton_backend.FORWARD_LIMITS, "attention_bwd": triton_backend.BACKWARD_LIMITS}
 NOTES = {"measured": {"status", "gpu", "date", "commit"}, "modelled": {"status"}}
 
 
 def entries(arch):
     return [(kernel, entry) for kernel, rows in tiles.table(arch).items() for entry in rows]
+
+
+def is_own(arch):
+    """Whether the architecture has entries of its own, and not another's."""
+    return "like" not in json.loads((tiles.FOLDER / f"{arch}.json").read_text())
 
 
 def sizes_of(kernel):
@@ -42,7 +50,7 @@ def test_all_files_know_the_same_kernels():
 
 
 def test_there_are_few_enough_to_compile_them_all():
-    assert sum(len(entries(arch)) for arch in FILES) <= 120
+    assert sum(len(entries(arch)) for arch in FILES if is_own(arch)) <= 120
 
 
 @pytest.mark.parametrize("arch", FILES)
@@ -53,7 +61,7 @@ def test_names_and_values_are_known(arch):
         assert entry["status"] in NOTES, entry
         assert conditions - sizes_of(kernel) - {"dtype"} == NOTES[entry["status"]], entry
         assert entry.get("dtype", "half") in CLASSES, entry
-        assert all(type(entry[name]) is int and entry[name] > 0 for name in conditions & sizes_of(kernel)), (
+        assert all(type(entry[name]) is int and entry[name] >= 0 for name in conditions & sizes_of(kernel)), (
             entry
         )
         assert constants and all(type(value) is int and value >= 0 for value in constants.values()), entry
@@ -85,9 +93,18 @@ def test_a_kernel_has_the_same_constants_everywhere(arch):
 def test_every_size_finds_an_entry(arch, dtype):
     for kernel in tiles.table(arch):
         # Entries bound sizes from above only: one that fits the largest fits all.
-        assert tiles.tile(kernel, arch, dtype, **bounds(kernel, {})).num_warps
-        for head_dim, tokens in itertools.product((1, 32, 64, 72, 80, 128, 255), (1, 16, 197, 577, 4097)):
-            assert tiles.tile(kernel, arch, dtype, head_dim=head_dim, tokens=tokens, heads=1).num_stages
+        for load, head_dim in enumerate(LIMITS.get(kernel, (1,))):
+            for tokens, dim in itertools.product((1, 16, 197, 577, 10**9), (1, 32, 72, head_dim)):
+                sizes = {"head_dim": min(dim, head_dim), "tokens": tokens, "load": load}
+                # Where no tf32 tile keeps its registers, products are exact.
+                assert any(fits(kernel, arch, name, sizes) for name in {dtype, dtype.replace("tf32", "ieee")})
+
+
+def fits(kernel, arch, dtype, sizes):
+    try:
+        return tiles.tile(kernel, arch, dtype, **sizes)
+    except LookupError:
+        return None
 
 
 def test_an_unknown_architecture_takes_the_safe_table():
@@ -110,7 +127,9 @@ def serves(arch, kernel, entry):
 
 def first_fit(arch, kernel, dtype, sizes):
     rows = (row for row in tiles.table(arch)[kernel] if row.get("dtype", dtype) == dtype)
-    return next(row for row in rows if all(size <= row.get(name, size) for name, size in sizes.items()))
+    return next(
+        (row for row in rows if all(size <= row.get(name, size) for name, size in sizes.items())), None
+    )
 
 
 @pytest.mark.parametrize("arch", FILES)
@@ -123,12 +142,14 @@ def test_every_entry_is_reached(arch):
 @pytest.mark.parametrize("arch", FILES)
 def test_every_entry_is_compiled_ahead_of_time(arch, op, monkeypatch):
     pytest.importorskip("triton")
+    tiles.tile.cache_clear()
     planned, compiled, build = [], set(), tiles._tile
     monkeypatch.setattr(tiles, "_tile", lambda entry: planned.append(id(entry)) or build(entry))
     # Launches are planned one at a time, so what was looked up since the last is the next one's.
     for label, _ in import_module(f"fastvit_kernels.{op}_aot").aot_launches(arch):
         compiled |= {(entry, label.partition(" ")[0]) for entry in planned}
         planned.clear()
+        tiles.tile.cache_clear()
     for kernel, entry in entries(arch):
         if kernel.startswith(op):
             missing = {dtype for dtype in serves(arch, kernel, entry) if (id(entry), dtype) not in compiled}

@@ -1,0 +1,128 @@
+"""The programs of attention's backward that own keys: dk and dv."""
+
+import triton
+import triton.language as tl
+
+from .attention_load import load_parts, prepare_backward, store_parts
+from .attention_score import accumulate, indices, load_outputs, load_prepared, masked, product, zeros
+
+
+@triton.jit
+def own_keys(
+    q,
+    k,
+    v,
+    out,
+    grads,
+    rope,
+    masks,
+    scale,
+    share,
+    tokens,
+    stride_part,
+    F: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """dk and dv of N keys: the queries pass in blocks of M, full but for a last one, TAIL wide."""
+    keys = indices(share * N, N, F)
+    k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, True)
+    v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, True)
+    dk_a, dk_b = zeros(N, QK)
+    dv_a, dv_b = zeros(N, V)
+    full = tokens // M * M
+    for start in range(0, full, M):
+        dk_a, dk_b, dv_a, dv_b = _pass_queries(
+            dk_a,
+            dk_b,
+            dv_a,
+            dv_b,
+            k_a,
+            k_b,
+            v_a,
+            v_b,
+            keys,
+            start,
+            q,
+            out,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            M,
+            False,
+        )
+    if TAIL > 0:
+        dk_a, dk_b, dv_a, dv_b = _pass_queries(
+            dk_a,
+            dk_b,
+            dv_a,
+            dv_b,
+            k_a,
+            k_b,
+            v_a,
+            v_b,
+            keys,
+            full,
+            q,
+            out,
+            rope,
+            masks,
+            scale,
+            tokens,
+            F,
+            QK,
+            V,
+            TAIL,
+            True,
+        )
+    dqkv_ptr, stride, sums_ptr = grads
+    store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, stride, tokens, V)
+    dk_a, dk_b = prepare_backward(
+        dk_a * scale, dk_b * scale, k[0], keys, k[1], k[2], rope, sums_ptr, tokens, QK, F
+    )
+    store_parts(dqkv_ptr + stride_part, dk_a, dk_b, keys, stride, tokens, QK)
+
+
+@triton.jit
+def _pass_queries(
+    dk_a,
+    dk_b,
+    dv_a,
+    dv_b,
+    k_a,
+    k_b,
+    v_a,
+    v_b,
+    keys,
+    start,
+    q,
+    out,
+    rope,
+    masks,
+    scale,
+    tokens,
+    F: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """What WIDTH queries add to dk and dv, in the transposed form, where only dS must change its layout."""
+    rows = indices(start, WIDTH, F)
+    q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, EDGE)
+    grad_a, grad_b, lse, delta = load_outputs(out, rows, tokens, V, EDGE)
+    s = product(k_a, k_b, q_a, q_b, QK, F)
+    # Keys past the last are in rows of their own here, which are never stored.
+    s, factor = masked(s, rows[None, :], keys[:, None], scale, masks, tokens, F, False)
+    p = tl.exp2(s * factor - lse[None, :])
+    dv_a, dv_b = accumulate(dv_a, dv_b, p, grad_a, grad_b, V, F)
+    ds = p * (product(v_a, v_b, grad_a, grad_b, V, F) - delta[None, :])
+    dk_a, dk_b = accumulate(dk_a, dk_b, ds, q_a, q_b, QK, F)
+    return dk_a, dk_b, dv_a, dv_b
