@@ -1,0 +1,207 @@
+"""Faults put into the Triton kernels one at a time, and the check that each fails."""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import op_cases
+import torch
+from kernel_checks import attention_within_contract, embed_within_contract
+from kernel_launches import attention_form, on_device
+
+FP32, FP16 = torch.float32, torch.float16
+
+
+class Mutant(NamedTuple):
+    """``old``, which the file of kernels/ holds exactly once, becomes ``new``; the check is to fail."""
+
+    file: str
+    fault: str
+    old: str
+    new: str
+    check: str
+
+
+def _attention(
+    kernels: ModuleType,
+    *,
+    regime: str = "",
+    dtype: torch.dtype = FP32,
+    grad: str | None = None,
+    form: str | None = "online",
+    small: bool = False,
+    **options,
+) -> None:
+    if regime:
+        call = op_cases.regime_call("attention", regime, dtype, batch=1, **options)
+    else:
+        call = op_cases.build("attention", dtype=dtype, **options)
+    if small:
+        call["qkv"] = call["qkv"] * 3e-3  # where eps is as large as the variance
+    with attention_form(kernels, form):
+        attention_within_contract(kernels, on_device(call), grad)
+
+
+def _embed(kernels: ModuleType, *, dtype: torch.dtype = FP32, grad: str | None = None, **options) -> None:
+    call = op_cases.build("patch_embed", dtype=dtype, **options)
+    embed_within_contract(kernels, on_device(call), grad)
+
+
+CHECKS: dict[str, Callable[[ModuleType], None]] = {
+    "forward": partial(_attention, regime="randn", tokens=17, head_dim=32),
+    "forward, resident": partial(_attention, regime="randn", tokens=50, head_dim=32, form="resident"),
+    "forward, split head": partial(_attention, regime="randn", tokens=17, head_dim=72),
+    "tail": partial(_attention, regime="logits_negative", tokens=17, head_dim=32),
+    "tail, resident": partial(_attention, regime="logits_negative", tokens=50, head_dim=32, form="resident"),
+    "masked": partial(_attention, regime="masked", tokens=17, head_dim=32),
+    "masked by bool": partial(_attention, regime="masked_bool", tokens=17, head_dim=32),
+    "key mask": partial(_attention, key_mask=True, tokens=17),
+    "large logits": partial(_attention, regime="logits_100", dtype=FP16, tokens=17, head_dim=32),
+    "layer norm": partial(_attention, norm="layer_norm", tokens=17),
+    "rms norm": partial(_attention, norm="rms_norm", affine="weight", tokens=17),
+    "rotary": partial(_attention, rope="half", prefix=3, tokens=17),
+    "interleaved": partial(_attention, rope="interleaved", prefix=3, tokens=17),
+    "backward": partial(_attention, regime="randn", tokens=80, head_dim=32, grad="contiguous"),
+    "backward, tail": partial(
+        _attention, regime="logits_negative", dtype=FP16, tokens=17, head_dim=32, grad="contiguous"
+    ),
+    "backward, masked": partial(_attention, regime="masked_bool", tokens=17, head_dim=32, grad="contiguous"),
+    "backward, transposed": partial(_attention, tokens=17, grad="transposed"),
+    "backward, layer norm": partial(_attention, norm="layer_norm", tokens=17, grad="contiguous"),
+    "backward, rotary": partial(_attention, rope="half", prefix=3, tokens=17, grad="contiguous"),
+    "embed": partial(_embed, width=24),
+    "embed, patch positions": partial(_embed, width=24, positions="patches", prefix=5),
+    "embed, bytes": partial(_embed, width=24, images="uint8", normalized="tensors", dtype=FP16),
+    "embed, backward": partial(_embed, width=24, batch=3, grad="contiguous"),
+}
+
+_FACTOR = "factor = scale * LOG2E"
+_ROTATED = "a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b"
+_TURNED_BACK = "grad_a * cos_a + grad_b * sin_b, grad_b * cos_b - grad_a * sin_a"
+_NOT_PREFIX = "inside = ((rows >= prefix) & (rows < tokens))"
+_CENTRED = "a - mean[:, None], 0.0)"
+_TOP = "new_top = tl.maximum(top, tl.max(s, axis=1) * factor)"
+_DQ = "(product(grad_a, grad_b, v_a, v_b, V, F) - delta[:, None])"
+_DK = "(product(v_a, v_b, grad_a, grad_b, V, F) - delta[None, :])"
+_GRAD_OF_NORM = "grad_a - mean[:, None] - x_a * along[:, None]"
+
+_ROWS: dict[str, list[tuple[str, str, str, str]]] = {
+    "attention_score.py": [
+        ("scale x1.001", _FACTOR, f"{_FACTOR} * 1.001", "forward"),
+        ("tail mask dropped", "tl.where(keys < count, s, ", "tl.where(keys < count + 64, s, ", "tail"),
+        ("tail mask off by one", "tl.where(keys < count, s, ", "tl.where(keys <= count, s, ", "tail"),
+        ("tail mask a key short", "tl.where(keys < count, s, ", "tl.where(keys < count - 1, s, ", "forward"),
+        ("key mask turned round", "seen != 0, 0.0", "seen == 0, 0.0", "key mask"),
+        ("mask turned round", "(value != 0) |", "(value == 0) |", "masked by bool"),
+        ("bias in units of e", "value.to(tl.float32) * LOG2E", "value.to(tl.float32)", "masked"),
+        ("bias added twice", "value.to(tl.float32) * LOG2E", "value.to(tl.float32) * 2 * LOG2E", "masked"),
+        (
+            "second part dropped",
+            "if P.b_width > 0:\n        s = tl.dot",
+            "if False:\n        s = tl.dot",
+            "forward, split head",
+        ),
+        ("log-sum-exp in units of log 2", "tl.log2(total)) * LN2", "tl.log2(total))", "forward"),
+        ("a dead row divided", "tl.where(total == 0.0, 1.0, total)", "total", "masked by bool"),
+        ("-inf less -inf", 'tl.where(top == float("-inf"), 0.0, top)', "top", "masked by bool"),
+        (
+            "a dead row's lse kept",
+            'tl.where(lse == float("-inf"), float("inf"), lse)',
+            "lse",
+            "backward, masked",
+        ),
+        ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "backward"),
+    ],
+    "attention_fwd.py": [
+        ("sum not rescaled", "total = total * fade +", "total = total +", "large logits"),
+        (
+            "maximum not kept",
+            _TOP,
+            _TOP.replace("tl.maximum(top, ", "(").replace("factor)", "factor)"),
+            "large logits",
+        ),
+        ("accumulator not rescaled", "acc_a *= fade[:, None]", "acc_a *= 1.0", "large logits"),
+        (
+            "weights in half before the sum",
+            "tl.sum(weights, axis=1)\n    acc_a *=",
+            "tl.sum(weights.to(tl.float16), axis=1)\n    acc_a *=",
+            "forward",
+        ),
+        (
+            "a chunk's sum dropped",
+            "total += tl.sum(weights_1, axis=1)",
+            "total += 0.0",
+            "forward, resident, two chunks",
+        ),
+        ("k by the stride of q", "k = (k_ptr, stride_k,", "k = (k_ptr, stride_q + 1,", "forward"),
+        ("k by the norm of q", "stride_k, (k_weight_ptr,", "stride_k, (q_weight_ptr,", "layer norm"),
+    ],
+    "attention_load.py": [
+        ("eps dropped", "P.dim + eps)", "P.dim)", "small norms"),
+        ("unbiased variance", "P) / P.dim + eps)", "P) / (P.dim - 1) + eps)", "layer norm"),
+        ("mean not taken off", _CENTRED, _CENTRED.replace(" - mean[:, None]", ""), "layer norm"),
+        (
+            "layer norm for rms norm",
+            'if F.norm == "layer_norm":\n        mean = row_sum(a',
+            "if True:\n        mean = row_sum(a",
+            "rms norm",
+        ),
+        ("turned back", _ROTATED, "a, b = a * cos_a + b * sin_a, b * cos_b - a * sin_b", "rotary"),
+        (
+            "interleaved turned back",
+            _ROTATED,
+            "a, b = a * cos_a + b * sin_a, b * cos_b - a * sin_b",
+            "interleaved",
+        ),
+        ("prefix rotated", _NOT_PREFIX, _NOT_PREFIX.replace(">= prefix", ">= 1"), "rotary"),
+        ("gradient turned on", _TURNED_BACK, _TURNED_BACK.replace("+", "-", 1), "backward, rotary"),
+        ("norm's second term dropped", _GRAD_OF_NORM, "grad_a - mean[:, None]", "backward, layer norm"),
+        ("norm's first term dropped", _GRAD_OF_NORM, "grad_a - x_a * along[:, None]", "backward, layer norm"),
+        (
+            "last row unwritten",
+            "mask=(rows < count)[:, None] & (lanes < LANES)[None, :])",
+            "mask=(rows < count - 1)[:, None] & (lanes < LANES)[None, :])",
+            "forward",
+        ),
+    ],
+    "attention_bwd_keys.py": [
+        (
+            "dv not accumulated",
+            "dv_a, dv_b = accumulate(dv_a, dv_b, p,",
+            "dv_a, dv_b = accumulate(0 * dv_a, dv_b, p,",
+            "backward",
+        ),
+        ("delta not taken off", _DK, _DK.replace(" - delta[None, :]", ""), "backward"),
+        ("scale of dk dropped", "dk_a * scale", "dk_a", "backward"),
+    ],
+    "attention_bwd_queries.py": [
+        ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),
+        ("tail not masked", "masks, tokens, F, EDGE)", "masks, tokens, F, False)", "backward, tail"),
+        ("scale of dq dropped", "dq_a * scale", "dq_a", "backward"),
+    ],
+    "attention_bwd.py": [
+        (
+            "channels taken as side by side",
+            "head.to(tl.int64) * dim * stride_grad_channel",
+            "head.to(tl.int64) * dim",
+            "backward, transposed",
+        ),
+    ],
+    "patch_embed_projection.py": [
+        (
+            "shift from the unrounded weight x2",
+            "shift = (folded.double()",
+            "shift = (2 * folded.double()",
+            "embed, bytes",
+        ),
+        ("bytes by 256", "scale = 256 / 255", "scale = 256 / 256", "embed, bytes"),
+    ],
+}
+CHECKS |= {
+    "forward, resident, two chunks": partial(
+        _attention, regime="randn", tokens=196, head_dim=32, heads=1, form="resident"
+    ),
+    "small norms": partial(_attention, norm="rms_norm", affine=None, tokens=17, small=True),
+}
+MUTANTS = [Mutant(file, *row) for file, rows in _ROWS.items() for row in rows]
