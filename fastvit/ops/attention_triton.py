@@ -153,8 +153,8 @@ def _bwd_kernels(grad_out, q, k, v, out, lse, *values):
 
     *values, norm_grads = values
     options = _arguments(q, values)
-    # Read across, a transposed gradient of wide heads takes more registers than there are.
-    grad_out = grad_out if grad_out.stride(-1) == 1 or q.shape[-1] <= 64 else grad_out.contiguous()
+    # Read across, a transposed gradient takes more registers than some GPUs have.
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     dqkv, *norms = kernels.attention_bwd(
         grad_out, *_channels_contiguous(q, k, v), out, lse, norm_grads=norm_grads, **options
     )
