@@ -42,12 +42,13 @@ def _runs(cell):
     return cell["dtype"] in DTYPES and (cell["dtype"] == torch.float32 or cell["precision"] != "tf32")
 
 
-# Pairwise over data, dtypes, tokens, patches and prefixes. Dropped: the full product; in the interpreter, for
-# time alone, patches of 14 and 16 pixels with more than 50 tokens.
+# Pairwise over data, dtypes, tokens, patches and prefixes. Dropped: the full product; 196 tokens, which are cut
+# as 197 are; and in the interpreter, for time alone, what MOST_TOKENS does not allow.
+MOST_TOKENS = {4: 577, 5: 257, 14: 50, 16: 50}
 REGIMES = op_cases.regime_cells(
     "patch_embed",
-    lambda cell: _runs(cell) and (GPU or cell["patch"] < 14 or cell["tokens"] <= 50),
-    tokens=TOKENS,
+    lambda cell: _runs(cell) and (GPU or cell["tokens"] <= MOST_TOKENS[cell["patch"]]),
+    tokens=tuple(tokens for tokens in TOKENS if tokens != 196),
     patch=(4, 5, 14, 16),
     prefix=(0, 1, 5),
     grad=(None, *GRADS),
@@ -61,9 +62,10 @@ def test_every_regime_is_within_the_contract(cell):
 
 
 # Every geometry with every layout and kind of gradient, pairwise: patches of today's models, odd ones, sides
-# that differ, single pixels. Dropped: the full product, and the options, which come below.
+# that differ, single pixels. Dropped: the full product, and the options, which come below; in the interpreter,
+# for time alone, 32 x 32 pixels of more than three channels.
 GEOMETRY = pairwise(
-    lambda cell: not (cell["layout"] == "strided" and cell["images"] == "uint8"),
+    lambda cell: GPU or cell["patch"] != (32, 32) or cell["channels"] <= 3,
     patch=((16, 16), (14, 14), (8, 8), (32, 32), (5, 5), (2, 3), (1, 1)),
     channels=(3, 1, 4, 8),
     width=(48, 33, 8),
@@ -76,7 +78,7 @@ GEOMETRY = pairwise(
 
 @pytest.mark.parametrize("cell", GEOMETRY, ids=op_cases.name)
 def test_every_geometry_is_within_the_contract(cell):
-    judged(cell)
+    judged(cell | {"grid": (2, 5)})
 
 
 OPTIONS = pairwise(
