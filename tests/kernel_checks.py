@@ -120,7 +120,9 @@ def embed_within_contract(
     else:
         given = GRADS[grad](plain("patch_embed", call))
         truth = plain_gradients("patch_embed", float64(call), given.double(), list(found))
-        torchs = plain_gradients("patch_embed", call, given, list(found), precision)
+        convolutions = (call, call | {"convolution": plain_ops.product_of_patches})
+        both = [plain_gradients("patch_embed", c, given, list(found), precision) for c in convolutions]
+        torchs = {name: [one[name] for one in both] for name in found}
         if given.dtype == torch.float32:
             sizes = _embed_sizes(call, given, [name for name in found if name != "images"])
     for name, value in found.items():

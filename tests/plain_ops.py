@@ -16,7 +16,16 @@ ACTIVATIONS = {
 }
 
 
-def patch_embed(images, weight, bias=None, pos_embed=None, prefix=None, *, mean=None, std=None):
+def product_of_patches(images, weight, bias, *, stride):
+    """The same convolution in torch's GEMM library instead of its convolution library."""
+    patches = images.unfold(2, stride[0], stride[0]).unfold(3, stride[1], stride[1])
+    tokens = F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3), weight.flatten(1), bias)
+    return tokens.permute(0, 3, 1, 2)
+
+
+def patch_embed(
+    images, weight, bias=None, pos_embed=None, prefix=None, *, mean=None, std=None, convolution=F.conv2d
+):
     if images.dtype == torch.uint8 or mean is not None or std is not None:
         dtype = weight.dtype if images.dtype == torch.uint8 else images.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -24,7 +33,7 @@ def patch_embed(images, weight, bias=None, pos_embed=None, prefix=None, *, mean=
         mean = torch.as_tensor(0.0 if mean is None else mean, dtype=wide).reshape(-1, 1, 1)
         std = torch.as_tensor(1.0 if std is None else std, dtype=wide).reshape(-1, 1, 1)
         images = ((unit - mean) / std).to(dtype)
-    tokens = F.conv2d(images, weight, bias, stride=weight.shape[2:]).permute(0, 2, 3, 1).flatten(1, 2)
+    tokens = convolution(images, weight, bias, stride=weight.shape[2:]).permute(0, 2, 3, 1).flatten(1, 2)
     if prefix is not None:
         tokens = torch.cat([prefix.repeat(len(images), 1, 1), tokens], dim=1)
     if pos_embed is None:
