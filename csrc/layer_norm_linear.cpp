@@ -1,0 +1,42 @@
+// norm1 and the QKV projection: linear(norm(x)).
+#include "needs.h"
+#include "products.h"
+#include "scope.h"
+
+namespace fastvit {
+
+WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
+                                OptionalTensor bias, double eps, std::string norm, bool save, bool tf32) {
+  const Scope scope("layer_norm_linear", x, weight);
+  const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
+  const Normalized h = norm_rows(as_rows(x), how, weight.scalar_type());
+  const Tensor out = shaped_like(x, linear(h.rows, weight, bias, tf32));
+  return {out, save ? Tensors{h.mean, h.rstd} : Tensors{}};
+}
+
+Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
+                              OptionalTensor norm_bias, Tensor weight, double eps, std::string norm,
+                              std::int64_t needs, bool tf32) {
+  const Scope scope("layer_norm_linear's gradient", x, weight);
+  Needs next(needs);
+  const bool needs_x = next.next(), needs_norm_weight = next.next(), needs_norm_bias = next.next();
+  const bool needs_weight = next.next(), needs_bias = next.next();
+
+  const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
+  const Tensor rows = as_rows(x), dy = as_rows(grad);
+  const Tensor &mean = saved[0], &rstd = saved[1];
+  LinearGradients product;
+  if (needs_weight || needs_bias) {
+    const Tensor h = needs_weight ? renorm_rows(rows, mean, rstd, how, weight.scalar_type()) : rows;
+    product = linear_weight_gradients(dy, h, needs_weight, needs_bias, tf32);
+  }
+  NormGradients before;
+  if (needs_x || needs_norm_weight || needs_norm_bias) {
+    before = norm_rows_backward(linear_input_gradient(dy, weight, tf32), rows, mean, rstd, how, std::nullopt,
+                                needs_x, needs_norm_weight, needs_norm_bias);
+  }
+  if (before.x) before.x = shaped_like(x, *before.x);
+  return present({before.x, before.weight, before.bias, product.weight, product.bias});
+}
+
+}  // namespace fastvit

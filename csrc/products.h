@@ -1,0 +1,39 @@
+// The matrix products. products_cpu.cpp (oneDNN and ATen) and products_cublaslt.cpp hold one each.
+//
+// x is [T, K] and weight [D, K], Linear's layout, in one dtype; bias is [D] or absent. On a CPU a weight may be
+// one that oneDNN packed.
+#pragma once
+
+#include "rows.h"
+#include "tensors.h"
+
+namespace fastvit {
+
+// x weight^T + bias.
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tf32);
+
+// residual + x weight^T + bias, in the residual's dtype: that of x, or float32 beside half precision.
+Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                  bool tf32);
+
+struct Activated {
+  Tensor rows;
+  OptionalTensor before;  // x weight^T + bias, where it was asked for
+};
+
+// activation(x weight^T + bias). Here a product with the activation in its epilogue goes, where there is one.
+Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           Activation activation, bool keep_before, bool tf32);
+
+// grad weight, for grad [T, D]: the gradient of x.
+Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool tf32);
+
+struct LinearGradients {
+  OptionalTensor weight, bias;
+};
+
+// grad^T x and the sum of grad's rows, of which at least one is needed.
+LinearGradients linear_weight_gradients(const Tensor& grad, const Tensor& x, bool needs_weight, bool needs_bias,
+                                        bool tf32);
+
+}  // namespace fastvit
