@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from . import triton_backend
+from . import native_backend, triton_backend
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -39,26 +39,32 @@ class Backend(NamedTuple):
     worth: Callable[..., str | None] = _always
 
 
-def _not_written(*args, **kwargs) -> str:
-    return "no kernel for this op in this version of fastvit"
+def _native(op: str) -> tuple[Backend, Backend]:
+    """The compiled libraries' rows: "cuda" for GPUs, "cpp" for the CPU."""
+    return tuple(
+        Backend(
+            name,
+            functools.partial(native_backend.can_run, op, device),
+            functools.partial(native_backend.worth, op, device),
+        )
+        for name, device in (("cuda", "cuda"), ("cpp", "cpu"))
+    )
 
 
 _REFERENCE = Backend("reference", _always)
-_CUDA = Backend("cuda", _not_written)
-_CPP = Backend("cpp", _not_written)
 
 TABLE: dict[str, tuple[Backend, ...]] = {
     "patch_embed": (
         Backend("triton", triton_backend.can_run_patch_embed, triton_backend.worth_patch_embed),
         _REFERENCE,
     ),
-    "layer_norm_linear": (_CUDA, _CPP, _REFERENCE),
+    "layer_norm_linear": (*_native("layer_norm_linear"), _REFERENCE),
     "attention": (
         Backend("triton", triton_backend.can_run_attention, triton_backend.worth_attention),
         _REFERENCE,
     ),
-    "linear_residual": (_CUDA, _CPP, _REFERENCE),
-    "layer_norm_mlp": (_CUDA, _CPP, _REFERENCE),
+    "linear_residual": (*_native("linear_residual"), _REFERENCE),
+    "layer_norm_mlp": (*_native("layer_norm_mlp"), _REFERENCE),
 }
 NAMES = ("auto", *dict.fromkeys(row.name for rows in TABLE.values() for row in rows))
 

@@ -34,7 +34,7 @@ def derived(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[
         sources: the tensors that it is derived from, the first not None: it dies with that one.
         compute: derives it; must return tensors that share no memory with the sources.
     """
-    if not _keepable(sources):
+    if not keepable(sources):
         return compute()
     first = sources[0]
     now = [_State(source) for source in sources if source is not None]
@@ -91,7 +91,8 @@ def _stream(tensor: Tensor) -> int | None:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
-def _keepable(sources: Iterable[Tensor | None]) -> bool:
+def keepable(sources: Iterable[Tensor | None]) -> bool:
+    """Whether ``derived`` keeps what it derives from these now."""
     if torch.is_grad_enabled():
         return False
     given = [source for source in sources if source is not None]

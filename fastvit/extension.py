@@ -1,4 +1,7 @@
-"""The compiled module fastvit._C: loaded once, when it is first asked for, and never by `import fastvit`."""
+"""The compiled parts: fastvit._C with build information, and the libraries of ops for the CPU and for CUDA.
+
+Each is loaded once, when it is first asked for, and never by `import fastvit`.
+"""
 
 import functools
 import importlib.util
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from .errors import ExtensionMismatch, ExtensionNotBuilt
 
@@ -63,6 +68,39 @@ def _load(folder: Path) -> ModuleType:
     except ImportError as error:
         raise ExtensionMismatch(f"{path.name} does not load here: {error}") from error
     return module
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """The architectures that the CUDA library is built for, "80" or "90a" say."""
+    return build_info().cuda_archs
+
+
+def load_ops(device: str) -> None:
+    """Load the library with the ops for "cpu" or "cuda", which then are in ``torch.ops.fastvit_native``.
+
+    Raises:
+        ExtensionNotBuilt: it is absent; the message is the reason that the installation noted.
+        ExtensionMismatch: it does not load; the message holds the loader's own text.
+    """
+    reason = why_no_ops(device)
+    if reason is not None:
+        raise reason
+
+
+@functools.cache
+def why_no_ops(device: str) -> ExtensionMismatch | ExtensionNotBuilt | None:
+    """None, with the library loaded, or what ``load_ops`` raises."""
+    path = FOLDER / f"_fastvit_{device}.so"
+    if not path.is_file():
+        note = path.with_suffix(".missing")
+        absent = NOT_INSTALLED.replace("fastvit._C", f"fastvit/{path.name}")
+        return ExtensionNotBuilt(note.read_text().strip() if note.is_file() else absent)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        text = str(error).replace(f"{FOLDER}/", "").splitlines()[0]
+        return ExtensionMismatch(f"{path.name} does not load here, beside torch {torch.__version__}: {text}")
+    return None
 
 
 def _absence(folder: Path) -> ExtensionMismatch | ExtensionNotBuilt:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import measurements
-from .reference.normalization import is_autocast
+from .call_facts import compute_dtype, needs_gradient, tf32, transformed
 
 OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
@@ -145,18 +144,11 @@ def _machine(tensor: Tensor | None) -> str | None:
         return f"Triton needs a CUDA GPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
-    if _transformed():
+    if transformed():
         return "its kernels have no rules for torch.func's transforms and forward-mode derivatives"
     if INTERPRETED:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return _too_old(device)
-
-
-def _transformed() -> bool:
-    """Inside vmap, torch.func.grad, jvp and the like; a compiler has rules of its own for them."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _software() -> str | None:
@@ -187,18 +179,6 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).name
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """In which dtype torch's own op would run: autocast's, except for float64."""
-    if is_autocast(tensor) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
-
-
-def needs_gradient(*values: Any) -> bool:
-    """Whether torch is to record gradients for one of the values."""
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
-
-
 def _worth(
     op: str, tensor: Tensor | None, options: str = "", gradient: bool = False, sizes: dict | None = None
 ) -> str | None:
@@ -215,12 +195,6 @@ def _worth(
     return None if reason is None else f"{reason} on {name}"
 
 
-def tf32(op: str) -> bool:
-    """Whether float32 products may be tf32, decided as torch decides for the op that ours stands for."""
-    kind = "conv" if op == "patch_embed" else "matmul"
-    return torch._C._get_fp32_precision_getter("cuda", kind) == "tf32"
-
-
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.
-for _constant in (_software, _too_old, _name, tf32):
+for _constant in (_software, _too_old, _name):
     _constant._dynamo_marked_constant = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..triton_backend import compute_dtype, needs_gradient, tf32
+from ..call_facts import compute_dtype, needs_gradient, tf32
 from . import registration
 
 OPTIONS = (

@@ -46,7 +46,11 @@ def layer_norm_linear(
         return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
     if validate:
         _check(*tensors, norm)
-    backends.resolve("layer_norm_linear", *tensors, eps=eps, norm=norm)
+    backend = backends.resolve("layer_norm_linear", *tensors, eps=eps, norm=norm)
+    if backend in ("cpp", "cuda"):
+        from .layer_norm_linear_native import layer_norm_linear as native
+
+        return native(*tensors, eps=eps, norm=norm)
     return reference(*tensors, eps=eps, norm=norm)
 
 

@@ -74,7 +74,11 @@ def layer_norm_mlp(
         return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
     if validate:
         _check(*required, activation, norm, **optional)
-    backends.resolve("layer_norm_mlp", *required, **options)
+    backend = backends.resolve("layer_norm_mlp", *required, **options)
+    if backend in ("cpp", "cuda"):
+        from .layer_norm_mlp_native import layer_norm_mlp as native
+
+        return native(*required, **options)
     return reference(*required, **options)
 
 

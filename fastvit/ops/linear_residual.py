@@ -46,7 +46,11 @@ def linear_residual(
         return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales)
     if validate:
         _check(*tensors)
-    backends.resolve("linear_residual", *tensors[:4], **scales)
+    backend = backends.resolve("linear_residual", *tensors[:4], **scales)
+    if backend in ("cpp", "cuda"):
+        from .linear_residual_native import linear_residual as native
+
+        return native(*tensors[:4], **scales)
     return reference(*tensors[:4], **scales)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..call_facts import compute_dtype, needs_gradient, tf32
 from ..derived import derived
-from ..triton_backend import compute_dtype, needs_gradient, tf32
 from . import registration
 
 INPUTS = ("images", "weight", "bias", "pos_embed", "prefix")

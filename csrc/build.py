@@ -1,0 +1,201 @@
+"""Builds the two libraries of ops with ninja: fastvit/_fastvit_cpu.so and fastvit/_fastvit_cuda.so.
+
+setup.py uses it. They are on torch's stable ABI from 2.11 on: one library serves every later torch and every
+Python, so torch is a folder of headers and libraries here, and is not imported.
+"""
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+SHARED = ("layer_norm_linear.cpp", "linear_residual.cpp", "layer_norm_mlp.cpp", "registration.cpp")
+CPU = ("rows_cpu.cpp", "products_cpu.cpp")
+# Vector instructions that row_loops.cpp is compiled for; the library takes the best at run time.
+LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# -g0: the library then holds no path of the machine that built it.
+FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", TARGET)
+LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+ARCHS = ("80", "89", "90a", "100", "120")
+
+
+class Unbuildable(Exception):
+    """Why a library cannot be built here, in one line."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build needs of the machine: the compilers and torch's folder."""
+
+    cxx: str
+    torch: Path
+    nvcc: str | None = None
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        return ("-isystem", str(self.torch / "include"))
+
+
+def torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise Unbuildable(
+            "torch was not found at install time (install it first, then use --no-build-isolation)"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(toolkit() / "bin"))
+
+
+def toolkit() -> Path:
+    return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+
+
+def chosen_archs() -> tuple[str, ...]:
+    """FASTVIT_CUDA_ARCHS, "80 90a" say, or those of the GPUs that nvidia-smi lists, or 90a."""
+    asked = os.environ.get("FASTVIT_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    for arch in asked:
+        if arch not in ARCHS:
+            raise Unbuildable(f"FASTVIT_CUDA_ARCHS has {arch!r}; it may have {', '.join(ARCHS)}")
+    return tuple(asked) or _present() or ("90a",)
+
+
+def _present() -> tuple[str, ...]:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = (
+        {line.strip().replace(".", "") for line in done.stdout.splitlines()}
+        if done.returncode == 0
+        else set()
+    )
+    found = {{"86": "80", "87": "80", "90": "90a", "103": "100"}.get(arch, arch) for arch in found}
+    return tuple(arch for arch in ARCHS if arch in found)
+
+
+def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
+    """The CPU library, in the folder ``work``; with AddressSanitizer and UBSan if asked for."""
+    levels = LEVELS if platform.machine() in ("x86_64", "AMD64") and not sanitize else {"base": ()}
+    extra = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g") if sanitize else ()
+    multiple = ("-DFASTVIT_LEVELS",) if len(levels) > 1 else ()
+    build = _Ninja(work, tools, (*FLAGS, *extra))
+    for name in (*SHARED, *CPU):
+        build.compile(name, flags=multiple)
+    for level, flags in levels.items():
+        loops = (*LOOP_FLAGS, *flags, f"-DFASTVIT_LEVEL={level}")
+        build.compile("row_loops.cpp", output=f"row_loops_{level}.o", flags=loops)
+    return build.link("_fastvit_cpu.so", (*extra, "-ltorch_cpu", "-lc10"))
+
+
+def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...]) -> Path:
+    """The CUDA library for these architectures; the lowest is there as PTX too, for later GPUs."""
+    if tools.nvcc is None:
+        raise Unbuildable("nvcc was found neither on PATH nor in CUDA_HOME/bin")
+    if not (tools.torch / "lib" / "libtorch_cuda.so").is_file():
+        raise Unbuildable("the torch that is installed has no CUDA")
+    nvidia = tools.torch.parent / "nvidia"
+    header = next(iter(sorted(nvidia.glob("cu*/include/cublasLt.h"))), None)
+    if header is None:
+        raise Unbuildable("cublasLt.h is not in the nvidia packages beside torch (pip install nvidia-cublas)")
+    cublas = next(iter(sorted((header.parent.parent / "lib").glob("libcublasLt.so.*"))), None)
+    if cublas is None:
+        raise Unbuildable(f"libcublasLt is not beside {header.parent.parent.name}/include/cublasLt.h")
+    include = ("-DFASTVIT_BUILD_CUDA", "-isystem", str(_cuda_include(tools)), "-isystem", str(header.parent))
+    build = _Ninja(work, tools, (*FLAGS, *include))
+    for name in (*SHARED, *sorted(path.name for path in CSRC.glob("*cublaslt*.cpp"))):
+        build.compile(name)
+    for path in sorted(CSRC.glob("*.cu")):
+        build.compile(path.name, rule="nvcc", flags=nvcc_flags(archs))
+    libraries = (
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+        "-lc10",
+        str(cublas),
+        str(_cudart(tools)),
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+    )
+    return build.link("_fastvit_cuda.so", libraries)
+
+
+def nvcc_flags(archs: tuple[str, ...]) -> tuple[str, ...]:
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    lowest = min(archs, key=lambda arch: int(arch.rstrip("a")))
+    if lowest.isdigit():
+        code.append(f"-gencode=arch=compute_{lowest},code=compute_{lowest}")
+    return tuple(code)
+
+
+def _cuda_include(tools: Tools) -> Path:
+    return (
+        Path(os.path.realpath(tools.nvcc)).parent.parent / "include" if tools.nvcc else toolkit() / "include"
+    )
+
+
+def _cudart(tools: Tools) -> Path:
+    places = (_cuda_include(tools).parent / "lib64", toolkit() / "lib64")
+    found = next(
+        (place / "libcudart_static.a" for place in places if (place / "libcudart_static.a").is_file()), None
+    )
+    if found is None:
+        raise Unbuildable("libcudart_static.a is not in the CUDA toolkit's lib64")
+    return found
+
+
+class _Ninja:
+    """Collects what to compile, then links it; a failure is the first line that says why."""
+
+    def __init__(self, work: Path, tools: Tools, flags: tuple[str, ...]) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.tools, self.objects = work, tools, []
+        host = " ".join(f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden"))
+        plain = [
+            flag for flag in flags if flag not in ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0")
+        ]
+        include = shlex.join(tools.include)
+        self.lines = [
+            f"builddir = {work}",
+            "rule cxx",
+            f"  command = {tools.cxx} -MMD -MF $out.d {shlex.join(flags)} $flags {include} -c $in -o $out",
+            "  depfile = $out.d",
+            "rule nvcc",
+            f"  command = {tools.nvcc} -MMD -MF $out.d {shlex.join(plain)} {host} -Werror all-warnings $flags "
+            f"{include} -c $in -o $out",
+            "  depfile = $out.d",
+            "rule link",
+            f"  command = {tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-undefined $flags",
+        ]
+
+    def compile(self, source: str, rule: str = "cxx", output: str = "", flags: tuple[str, ...] = ()) -> None:
+        output = output or f"{source}.o"
+        self.lines += [f"build {output}: {rule} {CSRC / source}", f"  flags = {shlex.join(flags)}"]
+        self.objects.append(output)
+
+    def link(self, library: str, flags: tuple[str, ...]) -> Path:
+        self.lines += [
+            f"build {library}: link {' '.join(self.objects)}",
+            f"  flags = {shlex.join(flags)}",
+            "",
+        ]
+        (self.work / "build.ninja").write_text("\n".join(self.lines))
+        try:
+            import ninja
+        except ImportError:
+            raise Unbuildable("ninja was not found at install time (pip install ninja)") from None
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(self.work), "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stdout + done.stderr).splitlines() or [f"exit status {done.returncode}"]
+            first = next((line for line in lines if "error" in line and "FAILED" not in line), lines[-1])
+            raise Unbuildable(f"compiling failed at install time: {first.strip()}")
+        return self.work / library

@@ -1,0 +1,59 @@
+// Launches: the current stream, the size of a device, and what an error says.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "rows.h"
+#include "scope.h"
+
+// torch declares it only where USE_CUDA is defined, and that changes more of its headers.
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
+
+namespace fastvit {
+
+inline cudaStream_t current_stream(const Tensor& beside) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(beside.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, current_op, ": ", what, ": ", cudaGetErrorString(status));
+}
+
+inline int device_attribute(const Tensor& beside, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, beside.get_device_index()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// What grids that walk over their rows are measured by: it depends on the device alone, and so do their sums.
+inline std::int64_t multiprocessors(const Tensor& beside) {
+  return device_attribute(beside, cudaDevAttrMultiProcessorCount);
+}
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+const T* data_of(const Tensor& x) {
+  return static_cast<const T*>(x.data_ptr());
+}
+
+template <typename T>
+const T* data_of(const OptionalTensor& x) {
+  return x ? data_of<T>(*x) : nullptr;
+}
+
+template <typename T>
+T* output_of(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// The activation of rows, written over them.
+void activate_in_place(const Tensor& rows, Activation activation);
+
+}  // namespace fastvit

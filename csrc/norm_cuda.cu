@@ -1,0 +1,348 @@
+// LayerNorm and RMSNorm: a warp a row, statistics in float32.
+//
+// Up to kMostNumbers numbers a lane the row is read once and held in registers; a longer or unaligned one is
+// read again for each pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null.
+#include "row_kernels.cuh"
+
+namespace fastvit {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+
+// Calls use(i, column) for each vector of a row that this lane takes: kVectors at most, or, for kVectors = 0,
+// however many there are, with i = 0.
+template <int kVectors, int kWidth, typename Use>
+__device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use) {
+  const int lane = threadIdx.x % kLanes;
+  if constexpr (kVectors > 0) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int column = (i * kLanes + lane) * kWidth;
+      if (column < columns) use(i, column);
+    }
+  } else {
+    for (std::int64_t column = lane * kWidth; column < columns; column += kLanes * kWidth) use(0, column);
+  }
+}
+
+// A row in registers, or for kVectors = 0 in memory.
+template <typename T, int kVectors, int kWidth>
+class Row {
+ public:
+  __device__ __forceinline__ Row(const T* start, std::int64_t columns) : start_(start) {
+    if constexpr (kVectors > 0) {
+      each_vector<kVectors, kWidth>(columns, [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
+    }
+  }
+
+  __device__ __forceinline__ void get(int i, std::int64_t column, float (&values)[kWidth]) const {
+    Vector<T, kWidth> vector;
+    if constexpr (kVectors > 0) {
+      vector = held_[i];
+    } else {
+      vector = load<kWidth>(start_ + column);
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
+  }
+
+ private:
+  const T* start_;
+  Vector<T, kWidth> held_[kVectors > 0 ? kVectors : 1];
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ void store_floats(T* to, const float (&values)[kWidth]) {
+  Vector<T, kWidth> vector;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) vector.at[j] = from_float<T>(values[j]);
+  store<kWidth>(to, vector);
+}
+
+__device__ __forceinline__ std::int64_t first_row() {
+  return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+}
+
+template <typename In, typename Out, typename Parameter>
+struct Forward {
+  const In* x;
+  const Parameter *weight, *bias;
+  Out* y;
+  float *mean, *rstd;
+  std::int64_t rows, columns;
+  float eps;
+
+  template <int kWidth>
+  bool fits() const {
+    return vectors_fit<kWidth>(columns, x, weight, bias, y);
+  }
+};
+
+// y = (centred - shift) * rstd * weight + bias, where centred = x - about.
+template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
+__device__ __forceinline__ void write_row(const Forward<In, Out, Parameter>& a,
+                                          const Row<In, kVectors, kWidth>& row, Out* y, float about, float shift,
+                                          float rstd) {
+  each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+    float x[kWidth], weight[kWidth], bias[kWidth];
+    row.get(i, column, x);
+    load_or<kWidth>(a.weight, column, 1.0f, weight);
+    load_or<kWidth>(a.bias, column, 0.0f, bias);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[j] = ((x[j] - about) - shift) * rstd * weight[j] + bias[j];
+    store_floats<kWidth>(y + column, x);
+  });
+}
+
+template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
+__global__ void __launch_bounds__(kThreads) norm_forward_kernel(Forward<In, Out, Parameter> a) {
+  const std::int64_t r = first_row();
+  if (r >= a.rows) return;
+  const Row<In, kVectors, kWidth> row(a.x + r * a.columns, a.columns);
+  const float count = static_cast<float>(a.columns);
+
+  float about = 0.0f;
+  if (a.mean != nullptr) {
+    float sum = 0.0f;
+    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+      float x[kWidth];
+      row.get(i, column, x);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum += x[j];
+    });
+    about = warp_sum(sum) / count;
+  }
+  // The first mean is rounded, which shows where it is large beside the deviation: what is left of the mean
+  // among the centred numbers is taken out of them and of their squares.
+  float sum = 0.0f, squares = 0.0f;
+  each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+    float x[kWidth];
+    row.get(i, column, x);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float centred = x[j] - about;
+      sum += centred;
+      squares += centred * centred;
+    }
+  });
+  const float shift = a.mean != nullptr ? warp_sum(sum) / count : 0.0f;
+  const float variance = warp_sum(squares) / count - shift * shift;
+  const float rstd = rsqrtf((variance < 0.0f ? 0.0f : variance) + a.eps);
+  if (threadIdx.x % kLanes == 0) {
+    if (a.mean != nullptr) a.mean[r] = about + shift;
+    a.rstd[r] = rstd;
+  }
+  write_row<kVectors, kWidth>(a, row, a.y + r * a.columns, about, shift, rstd);
+}
+
+template <int kWidth, typename In, typename Out, typename Parameter>
+__global__ void __launch_bounds__(kThreads) renorm_kernel(Forward<In, Out, Parameter> a) {
+  const std::int64_t r = first_row();
+  if (r >= a.rows) return;
+  const Row<In, 0, kWidth> row(a.x + r * a.columns, a.columns);
+  write_row<0, kWidth>(a, row, a.y + r * a.columns, a.mean != nullptr ? a.mean[r] : 0.0f, 0.0f, a.rstd[r]);
+}
+
+template <typename In, typename Out, typename Parameter>
+struct Backward {
+  const Out* grad;
+  const In* x;
+  const float *mean, *rstd;
+  const Parameter* weight;
+  const In* beside;
+  In* dx;
+  float *weight_sums, *bias_sums;  // [blocks, columns]
+  std::int64_t rows, columns;
+
+  template <int kWidth>
+  bool fits() const {
+    return vectors_fit<kWidth>(columns, grad, x, weight, beside, dx);
+  }
+};
+
+// The sums of a block's lanes, warp after warp, so that their order is fixed.
+template <int kVectors, int kWidth>
+__device__ __forceinline__ void write_sums(const float (&own)[kVectors * kWidth], float* sums,
+                                           std::int64_t columns) {
+  __shared__ float shared[kVectors * kWidth][kLanes];
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  for (int turn = 0; turn < kWarps; ++turn) {
+    if (warp == turn) {
+#pragma unroll
+      for (int k = 0; k < kVectors * kWidth; ++k) {
+        shared[k][lane] = turn == 0 ? own[k] : shared[k][lane] + own[k];
+      }
+    }
+    __syncthreads();
+  }
+  float* mine = sums + blockIdx.x * columns;
+  for (int column = threadIdx.x; column < columns; column += kThreads) {
+    const int vector = column / kWidth;
+    mine[column] = shared[vector / kLanes * kWidth + column % kWidth][vector % kLanes];
+  }
+  __syncthreads();
+}
+
+// With g = weight * grad and h the normalised row: dx = rstd (g - mean(g) - h mean(g h)) + beside. A warp walks
+// over rows and keeps its sums of grad * h and grad in registers (for kVectors > 0).
+template <int kVectors, int kWidth, bool kHold, typename In, typename Out, typename Parameter>
+__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(Backward<In, Out, Parameter> a) {
+  constexpr int kSums = kVectors > 0 ? kVectors * kWidth : 1, kHeld = kHold ? kVectors : 0;
+  float weight_sums[kSums] = {}, bias_sums[kSums] = {};
+  const float count = static_cast<float>(a.columns);
+  for (std::int64_t r = first_row(); r < a.rows; r += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+    const float mean = a.mean != nullptr ? a.mean[r] : 0.0f, rstd = a.rstd[r];
+    const Row<In, kHeld, kWidth> x_row(a.x + r * a.columns, a.columns);
+    const Row<Out, kHeld, kWidth> grad_row(a.grad + r * a.columns, a.columns);
+
+    float sum = 0.0f, product = 0.0f;
+    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+      float x[kWidth], grad[kWidth], weight[kWidth];
+      x_row.get(i, column, x);
+      grad_row.get(i, column, grad);
+      load_or<kWidth>(a.weight, column, 1.0f, weight);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const float h = (x[j] - mean) * rstd, g = grad[j] * weight[j];
+        sum += g;
+        product += g * h;
+        if constexpr (kVectors > 0) {
+          weight_sums[i * kWidth + j] += grad[j] * h;
+          bias_sums[i * kWidth + j] += grad[j];
+        }
+      }
+    });
+    if (a.dx == nullptr) continue;
+    const float along_mean = a.mean != nullptr ? warp_sum(sum) / count : 0.0f;
+    const float along_row = warp_sum(product) / count;
+    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+      float x[kWidth], grad[kWidth], weight[kWidth], beside[kWidth];
+      x_row.get(i, column, x);
+      grad_row.get(i, column, grad);
+      load_or<kWidth>(a.weight, column, 1.0f, weight);
+      load_or<kWidth>(a.beside != nullptr ? a.beside + r * a.columns : nullptr, column, 0.0f, beside);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const float h = (x[j] - mean) * rstd, g = grad[j] * weight[j];
+        x[j] = rstd * (g - along_mean - h * along_row) + beside[j];
+      }
+      store_floats<kWidth>(a.dx + r * a.columns + column, x);
+    });
+  }
+  if constexpr (kVectors > 0) {
+    if (a.weight_sums != nullptr) write_sums<kVectors, kWidth>(weight_sums, a.weight_sums, a.columns);
+    if (a.bias_sums != nullptr) write_sums<kVectors, kWidth>(bias_sums, a.bias_sums, a.columns);
+  }
+}
+
+// grad * h, for sums over the rows that the kernel above does not keep.
+template <typename In, typename Out>
+struct WeightTerm {
+  const Out* grad;
+  const In* x;
+  const float *mean, *rstd;
+  std::int64_t columns;
+
+  template <int kWidth>
+  __device__ __forceinline__ void add(std::int64_t row, std::int64_t column, float (&sums)[kWidth]) const {
+    const float mean_of_row = mean != nullptr ? mean[row] : 0.0f, rstd_of_row = rstd[row];
+    const Vector<In, kWidth> xs = load<kWidth>(x + row * columns + column);
+    const Vector<Out, kWidth> grads = load<kWidth>(grad + row * columns + column);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      sums[j] += to_float(grads.at[j]) * ((to_float(xs.at[j]) - mean_of_row) * rstd_of_row);
+    }
+  }
+};
+
+// Calls use with the vectors a lane takes of such rows, as an integral_constant: of the numbers listed, which
+// cover the widths of vision transformers, the first that is enough; 0 where none is.
+template <int kWidth, int kNumbers, int... kMore, typename Use>
+void with_vectors(std::int64_t columns, const Use& use) {
+  if (columns <= kLanes * kNumbers) {
+    use(std::integral_constant<int, kNumbers / kWidth>{});
+  } else if constexpr (sizeof...(kMore) > 0) {
+    with_vectors<kWidth, kMore...>(columns, use);
+  } else {
+    use(std::integral_constant<int, 0>{});
+  }
+}
+
+template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
+void launch_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
+  launch("norm_forward_kernel", norm_forward_kernel<kVectors, kWidth, In, Out, Parameter>,
+         ceil_div(a.rows, kWarps), kThreads, beside, a);
+}
+
+// Rows that a lane cannot hold or that are not aligned, for which pairs of numbers are tried.
+template <typename In, typename Out, typename Parameter>
+void run_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
+  constexpr int kWidth = kFullWidth<In, Out>;
+  bool done = false;
+  if (a.template fits<kWidth>()) {
+    with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96, 160>(a.columns, [&](auto vectors) {
+      if constexpr (vectors() > 0) launch_forward<vectors(), kWidth>(a, beside);
+      done = vectors() > 0;
+    });
+  }
+  if (done) return;
+  if (a.template fits<2>()) return launch_forward<0, 2>(a, beside);
+  launch_forward<0, 1>(a, beside);
+}
+
+template <int kWidth, typename In, typename Out, typename Parameter>
+void launch_renorm(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
+  launch("renorm_kernel", renorm_kernel<kWidth, In, Out, Parameter>, ceil_div(a.rows, kWarps), kThreads, beside,
+         a);
+}
+
+template <typename In, typename Out, typename Parameter>
+void run_renorm(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
+  if (a.template fits<kFullWidth<In, Out>>()) return launch_renorm<kFullWidth<In, Out>>(a, beside);
+  if (a.template fits<2>()) return launch_renorm<2>(a, beside);
+  launch_renorm<1>(a, beside);
+}
+
+// Calls use with a Forward of the types at hand, all but its statistics filled in.
+template <typename Use>
+Tensor forward(const Tensor& x, const Norm& norm, ScalarType dtype, const Use& use) {
+  const Tensor y = empty_like_as(x, dtype);
+  const OptionalTensor weight = parameter(norm.weight, x.scalar_type());
+  const OptionalTensor bias =
+      norm.bias && weight ? as_dtype(*norm.bias, weight->scalar_type()) : parameter(norm.bias, x.scalar_type());
+  with_types(x.scalar_type(), dtype, [&](auto in, auto out) {
+    using In = typename decltype(in)::type;
+    using Out = typename decltype(out)::type;
+    with_parameter<In>(weight ? weight : bias, [&](auto type) {
+      using Parameter = typename decltype(type)::type;
+      use(Forward<In, Out, Parameter>{data_of<In>(x), data_of<Parameter>(weight), data_of<Parameter>(bias),
+                                      output_of<Out>(y), nullptr, nullptr, x.size(0), x.size(1),
+                                      static_cast<float>(norm.eps)});
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+Normalized norm_rows(const Tensor& x, const Norm& norm, ScalarType dtype) {
+  const Tensor mean = empty_beside(x, {norm.rms ? 0 : x.size(0)}, ScalarType::Float);
+  const Tensor rstd = empty_beside(x, {x.size(0)}, ScalarType::Float);
+  const Tensor y = forward(x, norm, dtype, [&](auto a) {
+    a.mean = norm.rms ? nullptr : output_of<float>(mean);
+    a.rstd = output_of<float>(rstd);
+    run_forward(a, x);
+  });
+  return {y, mean, rstd};
+}
+
+Tensor renorm_rows(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Norm& norm, ScalarType dtype) {
+  return forward(x, norm, dtype, [&](auto a) {
+    a.mean = norm.rms ? nullptr : output_of<float>(mean);
+    a.rstd = output_of<float>(rstd);
+    run_renorm(a, x);
+  });
+}
+
+}  // namespace fastvit

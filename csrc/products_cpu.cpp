@@ -1,0 +1,95 @@
+// products.h on a CPU: oneDNN through torch, in float32 and bfloat16; ATen in float64, which oneDNN has not.
+//
+// torch itself calls MKL for float32. oneDNN is faster there, takes transposed operands as they are, packed
+// weights, and an activation or a residual in its epilogue.
+#include <array>
+
+#include "products.h"
+#include "scope.h"
+
+namespace fastvit {
+namespace {
+
+using torch::stable::detail::from;
+
+template <std::size_t N>
+Tensor call(const char* op, const char* overload, std::array<StableIValue, N> arguments) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, arguments.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(arguments[0]);
+}
+
+// x weight^T + bias, then oneDNN's `post`: "none", "gelu" (of which `form` is "none" for erf, or "tanh"), ...
+Tensor onednn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const char* post = "none",
+              const char* form = "") {
+  return call("mkldnn::_linear_pointwise", "",
+              std::array{from(x), from(weight), from(bias), from(std::string(post)),
+                         from(std::vector<std::optional<double>>{}),
+                         from(std::optional<std::string>(form))});
+}
+
+Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+// x weight^T + bias, whatever the dtype and the strides.
+Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (x.scalar_type() != ScalarType::Double && x.numel() != 0 && weight.numel() != 0) return onednn(x, weight, bias);
+  return call("aten::linear", "", std::array{from(x), from(weight), from(bias)});
+}
+
+struct Post {
+  const char *name, *form;
+};
+
+// What of the activations oneDNN has.
+std::optional<Post> post_for(Activation activation) {
+  switch (activation) {
+    case Activation::kGelu:
+      return Post{"gelu", "none"};
+    case Activation::kGeluTanh:
+      return Post{"gelu", "tanh"};
+    case Activation::kSilu:
+      return Post{"swish", ""};
+    case Activation::kRelu:
+      return Post{"relu", ""};
+    default:
+      return std::nullopt;
+  }
+}
+
+bool is_onednn(const Tensor& x) { return x.scalar_type() != ScalarType::Double && x.numel() != 0; }
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool) {
+  return product(x, weight, bias);
+}
+
+Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                  bool) {
+  if (!is_onednn(x) || residual.scalar_type() != x.scalar_type()) {
+    return add_scaled(residual, product(x, weight, bias), {}, {});
+  }
+  return call("mkldnn::_linear_pointwise", "binary",
+              std::array{from(x), from(residual), from(weight), from(bias), from(std::string("add"))});
+}
+
+Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           Activation activation, bool keep_before, bool) {
+  const std::optional<Post> post = post_for(activation);
+  if (post && !keep_before && is_onednn(x)) return {onednn(x, weight, bias, post->name, post->form), {}};
+  const Tensor before = product(x, weight, bias);
+  return {activate(before, {}, activation), keep_before ? OptionalTensor(before) : std::nullopt};
+}
+
+Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool) {
+  return product(grad, transposed(weight), {});
+}
+
+LinearGradients linear_weight_gradients(const Tensor& grad, const Tensor& x, bool needs_weight, bool needs_bias,
+                                        bool) {
+  LinearGradients gradients;
+  if (needs_weight) gradients.weight = product(transposed(grad), transposed(x), {});
+  if (needs_bias) gradients.bias = sum_rows(grad);
+  return gradients;
+}
+
+}  // namespace fastvit

@@ -1,0 +1,234 @@
+// What the kernels on rows share: vectors of 16 bytes, sums over a warp, types from dtypes, and sums of columns.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <climits>
+#include <type_traits>
+
+#include "launch_cuda.h"
+
+namespace fastvit {
+
+constexpr int kLanes = 32;
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
+  T at[kWidth];
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vector<T, kWidth> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(from);
+}
+
+template <int kWidth, typename T>
+__device__ __forceinline__ void store(T* to, const Vector<T, kWidth>& vector) {
+  *reinterpret_cast<Vector<T, kWidth>*>(to) = vector;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// A vector of an optional parameter, or one value everywhere.
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_or(const T* from, std::int64_t column, float otherwise,
+                                        float (&values)[kWidth]) {
+  if (from == nullptr) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = otherwise;
+    return;
+  }
+  const Vector<T, kWidth> vector = load<kWidth>(from + column);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
+}
+
+// The same in every lane, to the bit: at each step two lanes add the same two numbers.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int apart = kLanes / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(0xffffffffu, x, apart);
+  return x;
+}
+
+// A row and a column from an index. Division of 64 bits takes about a hundred instructions, of 32 twenty.
+struct Place {
+  std::int64_t row, column;
+};
+
+__device__ __forceinline__ Place place_of(std::int64_t index, std::int64_t columns) {
+  if (((index | columns) >> 32) == 0) {
+    const auto i = static_cast<std::uint32_t>(index), n = static_cast<std::uint32_t>(columns);
+    return {i / n, i % n};
+  }
+  return {index / columns, index % columns};
+}
+
+__device__ __forceinline__ std::int64_t thread_index() {
+  return static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+// Whether vectors of kWidth fit rows of so many columns at these addresses. An absent one is at address zero.
+template <int kWidth, typename... T>
+bool vectors_fit(std::int64_t columns, const T*... rows) {
+  return columns % kWidth == 0 &&
+         ((reinterpret_cast<std::uintptr_t>(rows) % alignof(Vector<std::remove_const_t<T>, kWidth>) == 0) && ...);
+}
+
+// As many numbers as make 16 bytes of the widest type.
+template <typename... T>
+constexpr int kFullWidth = 16 / std::max({sizeof(T)...});
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks, int threads,
+            const Tensor& beside, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  STD_TORCH_CHECK(blocks <= INT_MAX, current_op, ": ", name, ": ", blocks, " blocks are more than a grid holds");
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, current_stream(beside)>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls use(Type<T>) with the T of a dtype.
+template <typename Use>
+void with_type(ScalarType dtype, const Use& use) {
+  if (dtype == ScalarType::Float) return use(Type<float>{});
+  if (dtype == ScalarType::Half) return use(Type<__half>{});
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, current_op, ": no CUDA kernel for ", name_of(dtype));
+  use(Type<__nv_bfloat16>{});
+}
+
+// Calls use(Type<A>, Type<B>) for equal types, or float beside a half.
+template <typename Use>
+void with_types(ScalarType a, ScalarType b, const Use& use) {
+  if (a == b) return with_type(a, [&](auto type) { use(type, type); });
+  STD_TORCH_CHECK(a == ScalarType::Float, current_op, ": no CUDA kernel for ", name_of(a), " beside ", name_of(b));
+  with_type(b, [&](auto type) { use(Type<float>{}, type); });
+}
+
+// A parameter beside rows is in their type or in float: any other is converted to float.
+inline OptionalTensor parameter(const OptionalTensor& x, ScalarType rows) {
+  if (!x) return x;
+  return packed(x->scalar_type() == rows ? *x : as_dtype(*x, ScalarType::Float));
+}
+
+// Calls use(Type<P>) with the type of such a parameter.
+template <typename Rows, typename Use>
+void with_parameter(const OptionalTensor& x, const Use& use) {
+  if (!x || x->scalar_type() == ScalarType::Float) return use(Type<float>{});
+  use(Type<Rows>{});
+}
+
+// Sums over the rows of a matrix: first over chunks of rows, then over the chunks, in an order that depends on
+// the shape and the device alone. A term says what is summed.
+constexpr int kSumWarps = 16;
+// Up to so many rows go in one step.
+constexpr std::int64_t kSmallSum = 1024;
+
+template <typename T>
+struct PlainTerm {
+  const T* x;
+  std::int64_t columns;
+
+  template <int kWidth>
+  __device__ __forceinline__ void add(std::int64_t row, std::int64_t column, float (&sums)[kWidth]) const {
+    const Vector<T, kWidth> vector = load<kWidth>(x + row * columns + column);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sums[j] += to_float(vector.at[j]);
+  }
+};
+
+// A block sums a tile of kLanes * kWidth columns over one chunk of rows, every warp each kSumWarps-th row.
+template <int kWidth, typename Term, typename Out>
+__global__ void __launch_bounds__(kSumWarps * kLanes)
+    column_sums_kernel(Term term, Out* sums, std::int64_t rows, std::int64_t columns, std::int64_t chunk_rows) {
+  const int tiles = static_cast<int>((columns + kLanes * kWidth - 1) / (kLanes * kWidth));
+  const std::int64_t chunk = static_cast<int>(blockIdx.x) / tiles;
+  const int tile = static_cast<int>(blockIdx.x) % tiles;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const std::int64_t column = (static_cast<std::int64_t>(tile) * kLanes + lane) * kWidth;
+  const std::int64_t end = min(rows, (chunk + 1) * chunk_rows);
+
+  float own[kWidth] = {};
+  if (column < columns) {
+#pragma unroll 4
+    for (std::int64_t row = chunk * chunk_rows + warp; row < end; row += kSumWarps) {
+      term.template add<kWidth>(row, column, own);
+    }
+  }
+  __shared__ float shared[kSumWarps][kWidth][kLanes];
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) shared[warp][j][lane] = own[j];
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kSumWarps; ++w) sum += shared[w][j][lane];
+    sums[chunk * columns + column + j] = from_float<Out>(sum);
+  }
+}
+
+// A row of sums for each chunk.
+template <int kWidth, typename Out, typename Term>
+void sum_chunks(const Term& term, const Tensor& sums, std::int64_t rows, std::int64_t columns,
+                std::int64_t chunk_rows) {
+  const std::int64_t tiles = ceil_div(columns, kLanes * kWidth);
+  launch("column_sums_kernel", column_sums_kernel<kWidth, Term, Out>, tiles * ceil_div(rows, chunk_rows),
+         kSumWarps * kLanes, sums, term, output_of<Out>(sums), rows, columns, chunk_rows);
+}
+
+// All rows in one step, into a tensor of [columns].
+template <typename Term>
+void sum_at_once(const Term& term, const Tensor& sums, std::int64_t rows, std::int64_t columns) {
+  with_type(sums.scalar_type(), [&](auto type) {
+    sum_chunks<1, typename decltype(type)::type>(term, sums, rows, columns, rows);
+  });
+}
+
+// [columns] in dtype: the sums of partial sums, which are few.
+inline Tensor sum_partials(const Tensor& partials, ScalarType dtype) {
+  const Tensor sums = empty_beside(partials, {partials.size(1)}, dtype);
+  sum_at_once(PlainTerm<float>{data_of<float>(partials), partials.size(1)}, sums, partials.size(0),
+              partials.size(1));
+  return sums;
+}
+
+// [columns] in dtype: the sum of a term over all rows.
+template <int kWidth, typename Term>
+Tensor sum_columns(const Term& term, const Tensor& beside, std::int64_t rows, std::int64_t columns,
+                   ScalarType dtype) {
+  if (rows <= kSmallSum || columns == 0) {
+    Tensor sums = empty_beside(beside, {columns}, dtype);
+    if (rows == 0) return torch::stable::zero_(sums);
+    sum_at_once(term, sums, rows, columns);
+    return sums;
+  }
+  const std::int64_t wanted = 2 * multiprocessors(beside) / ceil_div(columns, kLanes * kWidth);
+  const std::int64_t most = rows / (4 * kSumWarps);
+  const std::int64_t chunk_rows = ceil_div(rows, std::max<std::int64_t>(std::min(wanted, most), 1));
+  const Tensor partials = empty_beside(beside, {ceil_div(rows, chunk_rows), columns}, ScalarType::Float);
+  sum_chunks<kWidth, float>(term, partials, rows, columns, chunk_rows);
+  return sum_partials(partials, dtype);
+}
+
+}  // namespace fastvit

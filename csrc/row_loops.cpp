@@ -1,0 +1,256 @@
+// See row_loops.h. FASTVIT_LEVEL names the vector instructions that this compilation may use. Loops marked simd
+// may add in any order; there is no other licence to reorder.
+#include "row_loops.h"
+
+#include <cmath>
+
+#include "activations.h"
+#include "brain_float.h"
+#include "row_norm.h"
+
+#define FASTVIT_SIMD _Pragma("omp simd")
+#define FASTVIT_SUM(...) _Pragma(FASTVIT_TEXT(omp simd reduction(+ : __VA_ARGS__)))
+#define FASTVIT_TEXT(...) #__VA_ARGS__
+
+namespace fastvit::FASTVIT_LEVEL {
+namespace {
+
+template <typename In, typename Out>
+struct Loops {
+  using Wide = wide_t<Out>;
+
+  static void norm(const void* x_, void* out_, void* mean_, void* rstd_, const NormArrays& norm, Size rows,
+                   Size cols) {
+    auto* mean = static_cast<Wide*>(mean_);
+    auto* rstd = static_cast<Wide*>(rstd_);
+    for (Size row = 0; row < rows; ++row) {
+      const In* x = static_cast<const In*>(x_) + row * cols;
+      Out* out = static_cast<Out*>(out_) + row * cols;
+      Wide first = 0, off = 0, squares = 0;
+      if (!norm.rms) {
+        Wide sum = 0;
+        FASTVIT_SUM(sum)
+        for (Size i = 0; i < cols; ++i) sum += widen(x[i]);
+        first = sum / cols;
+      }
+      FASTVIT_SUM(off, squares)
+      for (Size i = 0; i < cols; ++i) {
+        const Wide d = widen(x[i]) - first;
+        off += d;
+        squares += d * d;
+      }
+      const RowStatistics<Wide> row_is = row_statistics(first, off, squares, Wide(cols), Wide(norm.eps), norm.rms);
+      if (!norm.rms) mean[row] = row_is.mean();
+      rstd[row] = row_is.rstd;
+      write(x, out, row_is, norm, cols);
+    }
+  }
+
+  static void renorm(const void* x_, void* out_, const void* mean_, const void* rstd_, const NormArrays& norm,
+                     Size rows, Size cols) {
+    for (Size row = 0; row < rows; ++row) {
+      const Wide mean = norm.rms ? Wide(0) : static_cast<const Wide*>(mean_)[row];
+      const RowStatistics<Wide> row_is{mean, Wide(0), static_cast<const Wide*>(rstd_)[row]};
+      write(static_cast<const In*>(x_) + row * cols, static_cast<Out*>(out_) + row * cols, row_is, norm, cols);
+    }
+  }
+
+  // The affine part's four cases are loops of their own, for vectors without a test inside.
+  static void write(const In* x, Out* out, const RowStatistics<Wide>& row_is, const NormArrays& norm, Size cols) {
+    const Wide* weight = static_cast<const Wide*>(norm.weight);
+    const Wide* bias = static_cast<const Wide*>(norm.bias);
+    if (weight && bias) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) store(out[i], row_is.apply(widen(x[i])) * weight[i] + bias[i]);
+    } else if (weight) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) store(out[i], row_is.apply(widen(x[i])) * weight[i]);
+    } else {
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) store(out[i], row_is.apply(widen(x[i])));
+    }
+  }
+
+  static void norm_backward(const void* grad_, const void* x_, const void* mean_, const void* rstd_,
+                            const NormArrays& norm, const void* beside_, void* dx_, void* weight_sum_,
+                            void* bias_sum_, Size rows, Size cols) {
+    const Wide* weight = static_cast<const Wide*>(norm.weight);
+    for (Size row = 0; row < rows; ++row) {
+      const Out* grad = static_cast<const Out*>(grad_) + row * cols;
+      const In* x = static_cast<const In*>(x_) + row * cols;
+      const Wide mean = norm.rms ? Wide(0) : static_cast<const Wide*>(mean_)[row];
+      const RowStatistics<Wide> row_is{mean, Wide(0), static_cast<const Wide*>(rstd_)[row]};
+      if (auto* sum = static_cast<Wide*>(weight_sum_)) {
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) sum[i] += widen(grad[i]) * row_is.apply(widen(x[i]));
+      }
+      if (auto* sum = static_cast<Wide*>(bias_sum_)) {
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) sum[i] += widen(grad[i]);
+      }
+      if (!dx_) continue;
+      Wide sum = 0, product = 0;
+      FASTVIT_SUM(sum, product)
+      for (Size i = 0; i < cols; ++i) {
+        const Wide g = weight ? widen(grad[i]) * weight[i] : widen(grad[i]);
+        sum += g;
+        product += g * row_is.apply(widen(x[i]));
+      }
+      const RowSlope<Wide> slope = row_slope(sum, product, Wide(cols), row_is.rstd, norm.rms);
+      In* dx = static_cast<In*>(dx_) + row * cols;
+      const In* beside = beside_ ? static_cast<const In*>(beside_) + row * cols : nullptr;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) {
+        const Wide g = weight ? widen(grad[i]) * weight[i] : widen(grad[i]);
+        const Wide own = slope.apply(g, row_is.apply(widen(x[i])));
+        store(dx[i], beside ? own + widen(beside[i]) : own);
+      }
+    }
+  }
+
+  static void add_scaled(const void* residual_, const void* y_, void* out_, const void* scale_, double factor_,
+                         Size rows, Size cols) {
+    const Wide* scale = static_cast<const Wide*>(scale_);
+    const Wide factor = static_cast<Wide>(factor_);
+    for (Size row = 0; row < rows; ++row) {
+      const In* residual = static_cast<const In*>(residual_) + row * cols;
+      const Out* y = static_cast<const Out*>(y_) + row * cols;
+      In* out = static_cast<In*>(out_) + row * cols;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) {
+        const Wide branch = (scale ? scale[i] * widen(y[i]) : widen(y[i])) * factor;
+        store(out[i], widen(residual[i]) + branch);
+      }
+    }
+  }
+
+  static void scale(const void* x_, void* out_, double factor_, Size count) {
+    const In* x = static_cast<const In*>(x_);
+    Out* out = static_cast<Out*>(out_);
+    const Wide factor = static_cast<Wide>(factor_);
+    FASTVIT_SIMD
+    for (Size i = 0; i < count; ++i) store(out[i], factor * widen(x[i]));
+  }
+
+  template <typename Function>
+  static void activate_with(const void* value_, const void* gate_, void* out_, Size rows, Size cols,
+                            Size stride) {
+    for (Size row = 0; row < rows; ++row) {
+      const Out* value = static_cast<const Out*>(value_) + row * stride;
+      Out* out = static_cast<Out*>(out_) + row * cols;
+      if (gate_) {
+        const Out* gate = static_cast<const Out*>(gate_) + row * stride;
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) store(out[i], Function::value(widen(gate[i])) * widen(value[i]));
+      } else {
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) store(out[i], Function::value(widen(value[i])));
+      }
+    }
+  }
+
+  // Gradients lie as the values do, `stride` apart.
+  template <typename Function>
+  static void activate_backward_with(const void* grad_, const void* value_, const void* gate_, void* dvalue_,
+                                     void* dgate_, void* activated_, Size rows, Size cols, Size stride) {
+    for (Size row = 0; row < rows; ++row) {
+      const Out* grad = static_cast<const Out*>(grad_) + row * cols;
+      const Out* value = static_cast<const Out*>(value_) + row * stride;
+      Out* dvalue = static_cast<Out*>(dvalue_) + row * stride;
+      Out* activated = static_cast<Out*>(activated_) + row * cols;
+      if (gate_) {
+        const Out* gate = static_cast<const Out*>(gate_) + row * stride;
+        Out* dgate = static_cast<Out*>(dgate_) + row * stride;
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) {
+          Wide slope;
+          const Wide g = widen(grad[i]), v = widen(value[i]), a = Function::both(widen(gate[i]), slope);
+          store(activated[i], a * v);
+          store(dvalue[i], g * a);
+          store(dgate[i], g * v * slope);
+        }
+      } else {
+        FASTVIT_SIMD
+        for (Size i = 0; i < cols; ++i) {
+          Wide slope;
+          store(activated[i], Function::both(widen(value[i]), slope));
+          store(dvalue[i], widen(grad[i]) * slope);
+        }
+      }
+    }
+  }
+
+  static void activate(const void* value, const void* gate, void* out, Activation activation, Size rows,
+                       Size cols, Size stride) {
+    with(activation, [&](auto function) {
+      activate_with<decltype(function)>(value, gate, out, rows, cols, stride);
+    });
+  }
+
+  static void activate_backward(const void* grad, const void* value, const void* gate, void* dvalue, void* dgate,
+                                void* activated, Activation activation, Size rows, Size cols, Size stride) {
+    with(activation, [&](auto function) {
+      activate_backward_with<decltype(function)>(grad, value, gate, dvalue, dgate, activated, rows, cols, stride);
+    });
+  }
+
+  template <typename Call>
+  static void with(Activation activation, Call call) {
+    switch (activation) {
+      case Activation::kGelu:
+        return call(std::conditional_t<std::is_same_v<Out, BrainFloat>, GeluHalf, Gelu>());
+      case Activation::kGeluTanh:
+        return call(GeluTanh());
+      case Activation::kQuickGelu:
+        return call(QuickGelu());
+      case Activation::kSilu:
+        return call(Silu());
+      case Activation::kRelu:
+        return call(Relu());
+    }
+  }
+
+  static void scale_rows(const void* x_, const void* scale_, void* out_, Size rows, Size cols) {
+    for (Size row = 0; row < rows; ++row) {
+      const Out* x = static_cast<const Out*>(x_) + row * cols;
+      Out* out = static_cast<Out*>(out_) + row * cols;
+      const Wide factor = static_cast<const Wide*>(scale_)[row];
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) store(out[i], factor * widen(x[i]));
+    }
+  }
+
+  static void row_products(const void* a_, const void* b_, void* sums_, Size rows, Size cols) {
+    for (Size row = 0; row < rows; ++row) {
+      const Out* a = static_cast<const Out*>(a_) + row * cols;
+      const Out* b = static_cast<const Out*>(b_) + row * cols;
+      Wide sum = 0;
+      FASTVIT_SUM(sum)
+      for (Size i = 0; i < cols; ++i) sum += widen(a[i]) * widen(b[i]);
+      static_cast<Wide*>(sums_)[row] = sum;
+    }
+  }
+
+  static void sum_rows(const void* x_, void* sum_, Size rows, Size cols) {
+    Wide* sum = static_cast<Wide*>(sum_);
+    for (Size row = 0; row < rows; ++row) {
+      const Out* x = static_cast<const Out*>(x_) + row * cols;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) sum[i] += widen(x[i]);
+    }
+  }
+
+  static constexpr RowLoops table = {norm,     renorm,            norm_backward, add_scaled,   scale,
+                                     activate, activate_backward, scale_rows,    row_products, sum_rows};
+};
+
+}  // namespace
+
+const RowLoops* row_loops(ScalarType input, ScalarType output) {
+  if (output == ScalarType::BFloat16) {
+    return input == ScalarType::Float ? &Loops<float, BrainFloat>::table : &Loops<BrainFloat, BrainFloat>::table;
+  }
+  return output == ScalarType::Double ? &Loops<double, double>::table : &Loops<float, float>::table;
+}
+
+}  // namespace fastvit::FASTVIT_LEVEL

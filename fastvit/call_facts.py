@@ -1,0 +1,38 @@
+"""What a backend asks of a call before it takes it: metadata and torch's own settings, no data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .reference.normalization import is_autocast
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """In which dtype torch's own op would run: autocast's, except for float64."""
+    if is_autocast(tensor) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def needs_gradient(*values: Any) -> bool:
+    """Whether torch is to record gradients for one of the values."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def transformed() -> bool:
+    """Inside vmap, torch.func.grad, jvp and the like; a compiler has rules of its own for them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def tf32(op: str) -> bool:
+    """Whether float32 products may be tf32, decided as torch decides for the op that ours stands for."""
+    kind = "conv" if op == "patch_embed" else "matmul"
+    return torch._C._get_fp32_precision_getter("cuda", kind) == "tf32"
+
+
+# What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.
+tf32._dynamo_marked_constant = True

@@ -1,0 +1,144 @@
+"""layer_norm_mlp in the compiled libraries: the registered ops, their shapes, and their gradients.
+
+    fastvit::layer_norm_mlp_fwd(x, ..., keep, save) -> out [B, N, D], and with ``save`` what backward needs
+    fastvit::layer_norm_mlp_bwd(grad, x, saved, ..., needs) -> the gradients that are needed, in order
+
+Saved are the norms' statistics and what entered the activation; all else is computed again.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..call_facts import compute_dtype, needs_gradient
+from . import native, registration
+
+INPUTS = f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, {native.MLP_WEIGHTS}"
+OPTIONS = "float eps, str activation, str norm"
+
+
+class Inputs(NamedTuple):
+    """The tensors in the op's order."""
+
+    x: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    inner_norm_weight: Tensor | None
+    inner_norm_bias: Tensor | None
+    layer_scale: Tensor | None
+    sample_scale: Tensor | None
+
+    def cast(self, dtype: torch.dtype) -> "Inputs":
+        """With the products' weights in ``dtype``, by torch's own op, which has a gradient."""
+        names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "gate_weight", "gate_bias")
+        given = {name: getattr(self, name) for name in names}
+        return self._replace(**{name: t.to(dtype) for name, t in given.items() if t is not None})
+
+
+def layer_norm_mlp(*first: Tensor | None, eps: float, activation: str, norm: str, **rest) -> Tensor:
+    """The public op's call; under autocast products are in low precision, and the sum as x is."""
+    inputs = Inputs(*first, **rest)
+    dtype = compute_dtype(inputs.fc1_weight)
+    if needs_gradient(*inputs):
+        return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype))
+    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, True, False)[0]
+
+
+class _LayerNormMlp(Function):
+    @staticmethod
+    def forward(ctx, eps, activation, norm, *tensors):
+        inputs = Inputs(*tensors)
+        dtype = inputs.fc1_weight.dtype
+        out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, True)
+        kept = inputs._replace(fc1_bias=None, gate_bias=None)
+        ctx.save_for_backward(
+            *(kept if inputs.layer_scale is not None else kept._replace(fc2_bias=None)), *saved
+        )
+        ctx.options = (eps, activation, norm)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        count = len(Inputs._fields)
+        inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        needs = ctx.needs_input_grad[3 : 3 + count - 1]
+        given = iter(registration.call(_bwd, grad, saved, *_read_by_bwd(inputs), *ctx.options, needs))
+        return None, None, None, *[next(given) if needed else None for needed in needs], None
+
+
+def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
+    return [tensor for name, tensor in inputs._asdict().items() if name not in ("fc1_bias", "gate_bias")]
+
+
+def _fwd_kernels(*arguments):
+    inputs, (eps, activation, norm, dtype, keep, save) = Inputs(*arguments[:13]), arguments[13:]
+    fc1 = native.weights(inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep)
+    fc2 = native.weights(inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep)
+    ready = inputs._replace(fc1_weight=fc1[0], fc1_bias=fc1[1], fc2_weight=fc2[0], fc2_bias=fc2[1])
+    ready = ready._replace(layer_scale=fc2[2])
+    if inputs.gate_weight is not None:
+        gate = native.weights(inputs.gate_weight, inputs.gate_bias, None, dtype, keep)
+        ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
+    tf32 = native.allows_tf32(inputs.x)
+    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, tf32)
+
+
+def _fwd_shapes(*arguments):
+    inputs, (_, _, norm, dtype, _, save) = Inputs(*arguments[:13]), arguments[13:]
+    x, out = inputs.x, inputs.x.new_empty(inputs.x.shape)
+    if not save:
+        return out, []
+    rows = x.shape[0] * x.shape[1]
+    products = [w for w in (inputs.fc1_weight, inputs.gate_weight) if w is not None]
+    saved = native.statistics_shapes(x, rows, norm, dtype)
+    saved += [x.new_empty((rows, weight.shape[0]), dtype=dtype) for weight in products]
+    if inputs.inner_norm_weight is not None:
+        saved += native.statistics_shapes(x, rows, norm, dtype)
+    return out, saved
+
+
+def _fwd_autograd(*arguments):
+    inputs, (eps, activation, norm, dtype, keep, save) = Inputs(*arguments[:13]), arguments[13:]
+    if needs_gradient(*inputs):
+        return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype)), []
+    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, keep, save)
+
+
+def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
+    *weights, eps, activation, norm, needs = rest
+    return native.ops.layer_norm_mlp_bwd(
+        *(grad, x, saved, norm_weight, norm_bias, *weights, eps, activation, norm),
+        *(native.bits(needs), native.allows_tf32(x)),
+    )
+
+
+def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, gate_weight, *rest):
+    inner_norm_weight, inner_norm_bias, layer_scale, _, _, _, _, needs = rest
+    gate_bias = None if gate_weight is None else gate_weight[:, 0]
+    products = (fc1_weight, fc1_weight[:, 0], fc2_weight, fc2_weight[:, 0], gate_weight, gate_bias)
+    inner = (inner_norm_weight, inner_norm_bias)
+    return native.gradient_shapes((x, norm_weight, norm_bias, *products, *inner, layer_scale), needs)
+
+
+_fwd = registration.register(
+    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool keep, bool save) -> (Tensor, Tensor[])",
+    _fwd_kernels,
+    _fwd_shapes,
+    _fwd_autograd,
+)
+_bwd = registration.register(
+    "layer_norm_mlp_bwd(Tensor grad, Tensor[] saved, Tensor x, Tensor? norm_weight, Tensor? norm_bias, "
+    f"{native.MLP_SAVED_WEIGHTS}, {OPTIONS}, bool[12] needs) -> Tensor[]",
+    _bwd_kernels,
+    _bwd_shapes,
+)

@@ -1,0 +1,100 @@
+"""The compiled ops as the dispatcher knows them, and the weights as they read them.
+
+    fastvit_native::<op>_fwd(...) -> output, what it saves
+    fastvit_native::<op>_bwd(...) -> the gradients that are needed, in order
+
+The libraries register the CPU's and CUDA's functions for them when fastvit.extension loads them. Nothing here
+is differentiable or traced: fastvit::<op>_fwd and <op>_bwd, registered beside each op, call these.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from ..call_facts import tf32
+from ..derived import derived, keepable
+
+MLP_WEIGHTS = (
+    "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
+    "Tensor? gate_bias, Tensor? inner_norm_weight, Tensor? inner_norm_bias, Tensor? layer_scale, "
+    "Tensor? sample_scale"
+)
+MLP_SAVED_WEIGHTS = (
+    "Tensor fc1_weight, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, Tensor? inner_norm_weight, "
+    "Tensor? inner_norm_bias, Tensor? layer_scale, Tensor? sample_scale"
+)
+SCHEMAS = (
+    "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, "
+    "float eps, str norm, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
+    "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
+    "Tensor? sample_scale, bool tf32) -> (Tensor, Tensor[])",
+    "linear_residual_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, "
+    "Tensor? sample_scale, int needs, bool tf32) -> Tensor[]",
+    f"layer_norm_mlp_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, {MLP_WEIGHTS}, float eps, "
+    "str activation, str norm, bool save, bool tf32) -> (Tensor, Tensor[])",
+    f"layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
+    f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool tf32) -> Tensor[]",
+)
+_library = Library("fastvit_native", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+ops = torch.ops.fastvit_native
+
+
+def weights(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The weight, bias and LayerScale of a product as the library is to read them.
+
+    What can be kept until a parameter changes is cast to ``dtype``, has LayerScale folded in (None is left of
+    it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
+    """
+    if not keep or not keepable((weight, bias, scale)):
+        return weight.to(dtype), None if bias is None else bias.to(dtype), scale
+
+    def prepared() -> Tensor:
+        return _packed((weight if scale is None else weight * scale[:, None]).to(dtype, copy=True))
+
+    def bias_too() -> Tensor:
+        return (bias if scale is None else bias * scale).to(dtype, copy=True)
+
+    changed = scale is not None or weight.dtype != dtype
+    if changed or _packs(weight, dtype):
+        weight = derived(("linear weight", dtype), (weight, scale), prepared)
+    if bias is not None and changed:
+        bias = derived(("linear bias", dtype), (bias, scale), bias_too)
+    return weight, bias, None
+
+
+def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.device.type == "cpu" and dtype != torch.float64 and weight.numel() > 0
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight) if _packs(weight, weight.dtype) else weight
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether the op's float32 products may be tf32, which is torch's setting for its own."""
+    return x.is_cuda and tf32("linear")
+
+
+def bits(needs: Sequence[bool]) -> int:
+    """``needs`` as the libraries read it: bit i for input i."""
+    return sum(1 << i for i, needed in enumerate(needs) if needed)
+
+
+def statistics_shapes(x: Tensor, rows: int, norm: str, dtype: torch.dtype) -> list[Tensor]:
+    """A norm's mean and rstd without data; RMSNorm's mean is empty."""
+    of_statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = (0 if norm == "rms_norm" else rows, rows)
+    return [x.new_empty((size,), dtype=of_statistics) for size in sizes]
+
+
+def gradient_shapes(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients that are needed, without data: contiguous, shaped as the inputs."""
+    return [t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if needed]
