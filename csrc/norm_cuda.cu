@@ -1,68 +1,11 @@
 // LayerNorm and RMSNorm: a warp a row, statistics in float32.
 //
-// Up to kMostNumbers numbers a lane the row is read once and held in registers; a longer or unaligned one is
-// read again for each pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null.
+// Where vectors fit a row and a lane can hold its share, the row is read once; any other is read again for each
+// pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null.
 #include "row_kernels.cuh"
 
 namespace fastvit {
 namespace {
-
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kLanes;
-
-// Calls use(i, column) for each vector of a row that this lane takes: kVectors at most, or, for kVectors = 0,
-// however many there are, with i = 0.
-template <int kVectors, int kWidth, typename Use>
-__device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use) {
-  const int lane = threadIdx.x % kLanes;
-  if constexpr (kVectors > 0) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int column = (i * kLanes + lane) * kWidth;
-      if (column < columns) use(i, column);
-    }
-  } else {
-    for (std::int64_t column = lane * kWidth; column < columns; column += kLanes * kWidth) use(0, column);
-  }
-}
-
-// A row in registers, or for kVectors = 0 in memory.
-template <typename T, int kVectors, int kWidth>
-class Row {
- public:
-  __device__ __forceinline__ Row(const T* start, std::int64_t columns) : start_(start) {
-    if constexpr (kVectors > 0) {
-      each_vector<kVectors, kWidth>(columns, [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
-    }
-  }
-
-  __device__ __forceinline__ void get(int i, std::int64_t column, float (&values)[kWidth]) const {
-    Vector<T, kWidth> vector;
-    if constexpr (kVectors > 0) {
-      vector = held_[i];
-    } else {
-      vector = load<kWidth>(start_ + column);
-    }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
-  }
-
- private:
-  const T* start_;
-  Vector<T, kWidth> held_[kVectors > 0 ? kVectors : 1];
-};
-
-template <int kWidth, typename T>
-__device__ __forceinline__ void store_floats(T* to, const float (&values)[kWidth]) {
-  Vector<T, kWidth> vector;
-#pragma unroll
-  for (int j = 0; j < kWidth; ++j) vector.at[j] = from_float<T>(values[j]);
-  store<kWidth>(to, vector);
-}
-
-__device__ __forceinline__ std::int64_t first_row() {
-  return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-}
 
 template <typename In, typename Out, typename Parameter>
 struct Forward {
@@ -184,11 +127,21 @@ __device__ __forceinline__ void write_sums(const float (&own)[kVectors * kWidth]
   __syncthreads();
 }
 
+// Two sums of float for each number, and both rows where that leaves registers to work with.
+template <typename In, typename Out, int kNumbers>
+constexpr bool kHoldsRows = kNumbers * (2 * sizeof(float) + sizeof(In) + sizeof(Out)) <= 700;
+
+// So many blocks of a backward pass share a multiprocessor and its registers.
+template <int kNumbers>
+constexpr int kBackwardBlocks = kNumbers <= 24 ? 4 : 2;
+
 // With g = weight * grad and h the normalised row: dx = rstd (g - mean(g) - h mean(g h)) + beside. A warp walks
 // over rows and keeps its sums of grad * h and grad in registers (for kVectors > 0).
-template <int kVectors, int kWidth, bool kHold, typename In, typename Out, typename Parameter>
-__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(Backward<In, Out, Parameter> a) {
-  constexpr int kSums = kVectors > 0 ? kVectors * kWidth : 1, kHeld = kHold ? kVectors : 0;
+template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kVectors * kWidth>)
+    norm_backward_kernel(Backward<In, Out, Parameter> a) {
+  constexpr int kSums = kVectors > 0 ? kVectors * kWidth : 1;
+  constexpr int kHeld = kHoldsRows<In, Out, kVectors * kWidth> ? kVectors : 0;
   float weight_sums[kSums] = {}, bias_sums[kSums] = {};
   const float count = static_cast<float>(a.columns);
   for (std::int64_t r = first_row(); r < a.rows; r += static_cast<std::int64_t>(gridDim.x) * kWarps) {
@@ -256,19 +209,6 @@ struct WeightTerm {
   }
 };
 
-// Calls use with the vectors a lane takes of such rows, as an integral_constant: of the numbers listed, which
-// cover the widths of vision transformers, the first that is enough; 0 where none is.
-template <int kWidth, int kNumbers, int... kMore, typename Use>
-void with_vectors(std::int64_t columns, const Use& use) {
-  if (columns <= kLanes * kNumbers) {
-    use(std::integral_constant<int, kNumbers / kWidth>{});
-  } else if constexpr (sizeof...(kMore) > 0) {
-    with_vectors<kWidth, kMore...>(columns, use);
-  } else {
-    use(std::integral_constant<int, 0>{});
-  }
-}
-
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
 void launch_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
   launch("norm_forward_kernel", norm_forward_kernel<kVectors, kWidth, In, Out, Parameter>,
@@ -302,6 +242,41 @@ void run_renorm(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
   if (a.template fits<kFullWidth<In, Out>>()) return launch_renorm<kFullWidth<In, Out>>(a, beside);
   if (a.template fits<2>()) return launch_renorm<2>(a, beside);
   launch_renorm<1>(a, beside);
+}
+
+// The gradients of the parameters from partial sums, one row a block.
+template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
+void run_backward(Backward<In, Out, Parameter> a, const Tensor& x, bool needs_weight, bool needs_bias,
+                  ScalarType dtype, NormGradients& gradients) {
+  const std::int64_t most = kBackwardBlocks<kVectors * kWidth> * multiprocessors(x);
+  const std::int64_t blocks = std::min(ceil_div(a.rows, kWarps), most);
+  OptionalTensor weight_sums, bias_sums;
+  if (needs_weight) weight_sums = empty_beside(x, {blocks, a.columns}, ScalarType::Float);
+  if (needs_bias) bias_sums = empty_beside(x, {blocks, a.columns}, ScalarType::Float);
+  a.weight_sums = weight_sums ? output_of<float>(*weight_sums) : nullptr;
+  a.bias_sums = bias_sums ? output_of<float>(*bias_sums) : nullptr;
+  launch("norm_backward_kernel", norm_backward_kernel<kVectors, kWidth, In, Out, Parameter>, blocks, kThreads, x,
+         a);
+  if (needs_weight) gradients.weight = sum_partials(*weight_sums, dtype);
+  if (needs_bias) gradients.bias = sum_partials(*bias_sums, dtype);
+}
+
+// The same in a pass for each gradient, for any rows.
+template <int kWidth, typename In, typename Out, typename Parameter>
+void run_backward_apart(const Backward<In, Out, Parameter>& a, const Tensor& x, bool needs_weight,
+                        bool needs_bias, ScalarType dtype, NormGradients& gradients) {
+  if (a.dx != nullptr) {
+    launch("norm_backward_kernel", norm_backward_kernel<0, kWidth, In, Out, Parameter>, ceil_div(a.rows, kWarps),
+           kThreads, x, a);
+  }
+  if (needs_weight) {
+    const WeightTerm<In, Out> term{a.grad, a.x, a.mean, a.rstd, a.columns};
+    gradients.weight = sum_columns<kWidth>(term, x, a.rows, a.columns, dtype);
+  }
+  if (needs_bias) {
+    const PlainTerm<Out> term{a.grad, a.columns};
+    gradients.bias = sum_columns<kWidth>(term, x, a.rows, a.columns, dtype);
+  }
 }
 
 // Calls use with a Forward of the types at hand, all but its statistics filled in.
@@ -343,6 +318,43 @@ Tensor renorm_rows(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
     a.rstd = output_of<float>(rstd);
     run_renorm(a, x);
   });
+}
+
+NormGradients norm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                 const Norm& norm, const OptionalTensor& beside, bool needs_x,
+                                 bool needs_weight, bool needs_bias) {
+  NormGradients gradients;
+  if (needs_x) gradients.x = empty_like_as(x, x.scalar_type());
+  const ScalarType dtype = norm.weight ? norm.weight->scalar_type()
+                                       : (norm.bias ? norm.bias->scalar_type() : ScalarType::Float);
+  const Tensor rows = packed(grad);
+  const OptionalTensor weight = parameter(norm.weight, x.scalar_type());
+  const OptionalTensor around = beside ? OptionalTensor(packed(*beside)) : beside;
+  with_types(x.scalar_type(), rows.scalar_type(), [&](auto in, auto out) {
+    using In = typename decltype(in)::type;
+    using Out = typename decltype(out)::type;
+    with_parameter<In>(weight, [&](auto type) {
+      using Parameter = typename decltype(type)::type;
+      constexpr int kWidth = kFullWidth<In, Out>;
+      const Backward<In, Out, Parameter> a{
+          data_of<Out>(rows), data_of<In>(x), norm.rms ? nullptr : data_of<float>(mean), data_of<float>(rstd),
+          data_of<Parameter>(weight), data_of<In>(around), needs_x ? output_of<In>(*gradients.x) : nullptr,
+          nullptr, nullptr, x.size(0), x.size(1)};
+      bool done = false;
+      if (a.rows > 0 && a.template fits<kWidth>()) {
+        with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96>(a.columns, [&](auto vectors) {
+          if constexpr (vectors() > 0) {
+            run_backward<vectors(), kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
+          }
+          done = vectors() > 0;
+        });
+      }
+      if (done) return;
+      if (a.template fits<2>()) return run_backward_apart<2>(a, x, needs_weight, needs_bias, dtype, gradients);
+      run_backward_apart<1>(a, x, needs_weight, needs_bias, dtype, gradients);
+    });
+  });
+  return gradients;
 }
 
 }  // namespace fastvit

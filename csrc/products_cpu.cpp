@@ -5,6 +5,7 @@
 #include <array>
 
 #include "products.h"
+#include "row_loops.h"
 #include "scope.h"
 
 namespace fastvit {
@@ -33,6 +34,13 @@ Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   if (x.scalar_type() != ScalarType::Double && x.numel() != 0 && weight.numel() != 0) return onednn(x, weight, bias);
   return call("aten::linear", "", std::array{from(x), from(weight), from(bias)});
+}
+
+// a^T b. Of float32 oneDNN takes a transposed second operand as it is, but would copy the first, and slowly;
+// for the rest torch's own product has no copy either.
+Tensor outer_product(const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == ScalarType::Float) return product(transpose_rows(a), transposed(b), {});
+  return call("aten::mm", "", std::array{from(transposed(a)), from(b)});
 }
 
 struct Post {
@@ -87,7 +95,7 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool) {
 LinearGradients linear_weight_gradients(const Tensor& grad, const Tensor& x, bool needs_weight, bool needs_bias,
                                         bool) {
   LinearGradients gradients;
-  if (needs_weight) gradients.weight = product(transposed(grad), transposed(x), {});
+  if (needs_weight) gradients.weight = outer_product(grad, x);
   if (needs_bias) gradients.bias = sum_rows(grad);
   return gradients;
 }

@@ -137,6 +137,77 @@ void with_parameter(const OptionalTensor& x, const Use& use) {
   use(Type<Rows>{});
 }
 
+// Kernels that give a warp to a row.
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+
+// Calls use(i, column) for each vector of a row that this lane takes: kVectors at most, or, for kVectors = 0,
+// however many there are, with i = 0.
+template <int kVectors, int kWidth, typename Use>
+__device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use) {
+  const int lane = threadIdx.x % kLanes;
+  if constexpr (kVectors > 0) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int column = (i * kLanes + lane) * kWidth;
+      if (column < columns) use(i, column);
+    }
+  } else {
+    for (std::int64_t column = lane * kWidth; column < columns; column += kLanes * kWidth) use(0, column);
+  }
+}
+
+// A row in registers, or for kVectors = 0 in memory.
+template <typename T, int kVectors, int kWidth>
+class Row {
+ public:
+  __device__ __forceinline__ Row(const T* start, std::int64_t columns) : start_(start) {
+    if constexpr (kVectors > 0) {
+      each_vector<kVectors, kWidth>(columns, [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
+    }
+  }
+
+  __device__ __forceinline__ void get(int i, std::int64_t column, float (&values)[kWidth]) const {
+    Vector<T, kWidth> vector;
+    if constexpr (kVectors > 0) {
+      vector = held_[i];
+    } else {
+      vector = load<kWidth>(start_ + column);
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
+  }
+
+ private:
+  const T* start_;
+  Vector<T, kWidth> held_[kVectors > 0 ? kVectors : 1];
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ void store_floats(T* to, const float (&values)[kWidth]) {
+  Vector<T, kWidth> vector;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) vector.at[j] = from_float<T>(values[j]);
+  store<kWidth>(to, vector);
+}
+
+__device__ __forceinline__ std::int64_t first_row() {
+  return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+}
+
+// Calls use with the vectors a lane takes of such rows, as an integral_constant: of the numbers listed, which
+// cover the widths of vision transformers, the first that is enough; 0 where none is.
+template <int kWidth, int kNumbers, int... kMore, typename Use>
+void with_vectors(std::int64_t columns, const Use& use) {
+  if (columns <= kLanes * kNumbers) {
+    use(std::integral_constant<int, kNumbers / kWidth>{});
+  } else if constexpr (sizeof...(kMore) > 0) {
+    with_vectors<kWidth, kMore...>(columns, use);
+  } else {
+    use(std::integral_constant<int, 0>{});
+  }
+}
+
 // Sums over the rows of a matrix: first over chunks of rows, then over the chunks, in an order that depends on
 // the shape and the device alone. A term says what is summed.
 constexpr int kSumWarps = 16;

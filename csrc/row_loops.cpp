@@ -240,8 +240,25 @@ struct Loops {
     }
   }
 
+  // By tiles that a level-one cache holds; a tile's reads are whole lines, and so are its writes.
+  static void transpose(const void* x_, void* out_, Size rows, Size cols, Size first, Size count) {
+    constexpr Size tile = 128 / sizeof(Out);
+    const Out* x = static_cast<const Out*>(x_);
+    Out* out = static_cast<Out*>(out_);
+    const Size last = first + count;
+    for (Size i0 = first; i0 < last; i0 += tile) {
+      for (Size j0 = 0; j0 < rows; j0 += tile) {
+        const Size i1 = i0 + tile < last ? i0 + tile : last, j1 = j0 + tile < rows ? j0 + tile : rows;
+        for (Size i = i0; i < i1; ++i) {
+          for (Size j = j0; j < j1; ++j) out[i * rows + j] = x[j * cols + i];
+        }
+      }
+    }
+  }
+
   static constexpr RowLoops table = {norm,     renorm,            norm_backward, add_scaled,   scale,
-                                     activate, activate_backward, scale_rows,    row_products, sum_rows};
+                                     activate, activate_backward, scale_rows,    row_products, sum_rows,
+                                     transpose};
 };
 
 }  // namespace

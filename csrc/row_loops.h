@@ -43,8 +43,13 @@ struct RowLoops {
   void (*scale_rows)(const void* x, const void* scale, void* out, Size rows, Size cols);
   void (*row_products)(const void* a, const void* b, void* sums, Size rows, Size cols);
   void (*sum_rows)(const void* x, void* sum, Size rows, Size cols);
+  // Columns [first, first + count) of x [rows, cols] become rows of out [cols, rows].
+  void (*transpose)(const void* x, void* out, Size rows, Size cols, Size first, Size count);
 };
 
 const RowLoops& row_loops(ScalarType input, ScalarType output);
+
+// x [T, D] as [D, T], in new memory.
+Tensor transpose_rows(const Tensor& x);
 
 }  // namespace fastvit

@@ -162,7 +162,7 @@ ActivationGradients activate_backward(const Tensor& grad, const Tensor& value, c
   const RowLoops& loops = row_loops(dtype, dtype);
   const Size rows = rows_of(value), cols = cols_of(value), stride = value.stride(0);
   Tensor activated = empty_beside(value, {rows, cols}, dtype);
-  Tensor dvalue = empty_beside(value, {rows, stride}, dtype);
+  Tensor dvalue = gate ? empty_beside(value, {rows, stride}, dtype) : grad;
   OptionalTensor dgate;
   if (gate && !packed) dgate = empty_beside(value, {rows, stride}, dtype);
   for_rows(rows, cols, [&](Size row, Size count) {
@@ -256,6 +256,17 @@ Tensor sum_rows(const Tensor& x) {
     }
   });
   return add_chunks(sums, row_loops(of_sums, of_sums), dtype);
+}
+
+Tensor transpose_rows(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  const RowLoops& loops = row_loops(dtype, dtype);
+  const Size rows = rows_of(x), cols = cols_of(x);
+  Tensor out = empty_beside(x, {cols, rows}, dtype);
+  for_rows(cols, rows, [&](Size first, Size count) {
+    loops.transpose(x.const_data_ptr(), out.mutable_data_ptr(), rows, cols, first, count);
+  });
+  return out;
 }
 
 }  // namespace fastvit
