@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: where the packages lie, and a compiled module that may be absent."""
+"""What pyproject.toml cannot say: where the packages lie, and compiled parts of which any may be absent."""
 
 import os
 import shlex
@@ -13,26 +13,77 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
+# Beside the sources that it compiles; a build frontend puts no folder of the project's on the path.
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import libraries  # noqa: E402
+
 RENAMED = {"kernels": "fastvit_kernels", "benchmarks": "fastvit_benchmarks"}
 COMPILERS = ("c++", "g++", "clang++")
 REMEDY = "the rest of fastvit works; to have it, put that right and install again"
 
 
 class BuildOrSayWhy(build_ext):
-    """Leaves the library or, where it cannot be built, a note of one line that fastvit.extension reads."""
+    """Leaves each compiled part or, where it cannot be built, a note of one line that fastvit.extension reads."""
 
     def run(self):
-        library = Path(self.get_ext_fullpath("fastvit._C"))
-        note = library.with_name("_C.missing")
-        note.unlink(missing_ok=True)
+        self.folder = Path(self.get_ext_fullpath("fastvit._C")).parent
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.archs = ()
+        # The libraries first: the module says for which architectures they are.
+        self.part("_fastvit_cpu", ".so", self.build_cpu)
+        if cuda_choice() == "0":
+            self.leave_out("_fastvit_cuda", ".so", "FASTVIT_CUDA is 0")
+        else:
+            self.part("_fastvit_cuda", ".so", self.build_cuda, required=cuda_choice() == "1")
+        suffix = Path(self.get_ext_fullpath("fastvit._C")).name.removeprefix("_C")
+        self.part("_C", suffix, self.build_module)
+
+    def part(self, name, suffix, build, required=False):
         try:
-            choose_compiler()
-            super().run()
-        except (CompileError, LinkError) as error:
-            library.unlink(missing_ok=True)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"fastvit._C is not built: {error}; {REMEDY}\n")
-            print(note.read_text(), end="", file=sys.stderr)
+            build()
+        except (CompileError, LinkError, libraries.Unbuildable) as error:
+            if required:
+                (self.folder / (name + suffix)).unlink(missing_ok=True)
+                sys.exit(f"FASTVIT_CUDA=1, but fastvit.{name} cannot be built: {error}")
+            self.leave_out(name, suffix, f"{error}; {REMEDY}")
+            print(self.note(name).read_text(), end="", file=sys.stderr)
+        else:
+            self.note(name).unlink(missing_ok=True)
+
+    def leave_out(self, name, suffix, why):
+        (self.folder / (name + suffix)).unlink(missing_ok=True)
+        self.note(name).write_text(f"fastvit.{name} is not built: {why}\n")
+
+    def note(self, name):
+        return self.folder / f"{name}.missing"
+
+    def build_cpu(self):
+        tools = libraries.Tools(choose_compiler(), libraries.torch_folder())
+        self.install(libraries.build_cpu(tools, self.work("cpu")))
+
+    def build_cuda(self):
+        nvcc = libraries.find_nvcc()
+        if nvcc is None:
+            raise libraries.Unbuildable("nvcc was found neither on PATH nor in CUDA_HOME/bin")
+        tools = libraries.Tools(choose_compiler(), libraries.torch_folder(), nvcc)
+        archs = libraries.chosen_archs()
+        self.install(libraries.build_cuda(tools, self.work("cuda"), archs))
+        self.archs = archs
+
+    def work(self, device):
+        return (Path(self.build_temp) / device).resolve()
+
+    def install(self, library):
+        # Another name first: a process that has the old one loaded keeps it.
+        new = self.folder / f"{library.name}.new"
+        shutil.copy(library, new)
+        new.replace(self.folder / library.name)
+
+    def build_module(self):
+        choose_compiler()
+        (module,) = self.extensions
+        module.define_macros.append(("FASTVIT_CUDA_ARCHS", quoted(" ".join(self.archs))))
+        super().run()
 
     def build_extensions(self):
         try:
@@ -50,12 +101,13 @@ def choose_compiler():
     """Python's own compiler, or another where that is absent: Python may come from another machine."""
     configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
     if configured and shutil.which(shlex.split(configured)[0]):
-        return
+        return shlex.split(configured)[0]
     found = next(filter(shutil.which, COMPILERS), None)
     if "CXX" in os.environ or found is None:
         looked_for = os.environ.get("CXX") or ", ".join(COMPILERS)
         raise CompileError(f"no C++ compiler was found at install time (looked for {looked_for})")
     os.environ["CXX"] = found
+    return found
 
 
 def run_quietly(command, **_):
@@ -71,8 +123,7 @@ def cuda_choice():
     choice = os.environ.get("FASTVIT_CUDA") or "auto"
     if choice not in ("auto", "0", "1"):
         sys.exit(f"FASTVIT_CUDA must be auto, 0 or 1, not {choice!r}")
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    if choice == "1" and not (shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)):
+    if choice == "1" and libraries.find_nvcc() is None:
         sys.exit("FASTVIT_CUDA=1 needs nvcc, which was found neither on PATH nor in CUDA_HOME/bin")
     return choice
 
@@ -107,7 +158,6 @@ setup(
     packages=packages,
     package_dir={name: folder for folder, name in RENAMED.items()},
     package_data={"": ["**/*.json"]},
-    # The stable-ABI libraries of the ops (CPU, and CUDA where cuda_choice() allows it) join this list.
     ext_modules=[bindings],
     cmdclass={"build_ext": BuildOrSayWhy},
 )

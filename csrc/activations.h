@@ -105,7 +105,8 @@ struct GeluHalf {
                     s * (-2.50952452e-4f + s * (-6.09343903e-5f + s * 2.22526314e-6f)));
     u_slope = 1.59565515f + s * (3.0f * 0.0729398617f +
               s * (5.0f * -2.50952452e-4f + s * (7.0f * -6.09343903e-5f + s * (9.0f * 2.22526314e-6f))));
-    return 1.0f / (1.0f + exponential_within(-cut * q));
+    const float phi = 1.0f / (1.0f + exponential_within(-cut * q));
+    return x < -6.0f ? 0.0f : phi;  // times x, which may be huge
   }
 
   FASTVIT_HOST_DEVICE static float value(float x) {

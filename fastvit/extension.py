@@ -49,7 +49,9 @@ def build_info() -> BuildInfo:
         ExtensionMismatch: it is there, for another Python or version of fastvit, or it does not load; the
             message then holds the loader's own text.
     """
-    info, installed = BuildInfo(**_load(FOLDER).build_info()), sys.modules[__package__].__version__
+    facts = _load(FOLDER).build_info()
+    info = BuildInfo(**facts | {"cuda_archs": tuple(facts["cuda_archs"] or ())})
+    installed = sys.modules[__package__].__version__
     if info.version != installed:
         versions = f"fastvit {info.version}, found {installed}"
         raise ExtensionMismatch(f"fastvit._C was built for {versions}: install fastvit again")
