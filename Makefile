@@ -9,13 +9,14 @@ GPU = $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 FASTVIT_CUDA ?= $(if $(GPU),auto,0)
 
 BIN := .venv/bin
+WHEEL_CUDA ?= auto
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.stamp
 # The oldest Triton that the kernels compile on, beside the current one, which came with torch.
 OLD_TRITON := 3.6.0
 OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
 
-.PHONY: setup demo test test-gpu bench lint aot wheel
+.PHONY: setup demo test test-gpu bench lint aot asan cuda wheel
 
 setup: $(STAMP)
 
@@ -70,6 +71,20 @@ $(OLD_TRITON_PATH)/.stamp: | $(STAMP)
 		echo "make aot compiles on Triton $(OLD_TRITON) too, and pip could not install it in $(@D)" >&2; exit 1; }
 	@touch $@
 
+# The tests of the C++ ops on a library that sees every read and write out of bounds, and undefined behaviour.
+asan: $(STAMP)
+	$(BIN)/python csrc/libraries.py build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py -p no:cacheprovider \
+		--library build/asan/_fastvit_cpu.so
+
+# Needs nvcc and no GPU: every kernel for every architecture, with warnings and spills as errors, then the library.
+cuda: $(STAMP)
+	$(BIN)/python csrc/cuda_report.py
+	FASTVIT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	@$(BIN)/python -c "from fastvit.extension import load_ops; load_ops('cuda')"
+
+# Both libraries, where there is nvcc: who installs it needs none.
 wheel: $(STAMP)
 	rm -rf build
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	FASTVIT_CUDA=$(WHEEL_CUDA) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

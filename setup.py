@@ -15,7 +15,7 @@ from setuptools.errors import CompileError, LinkError
 
 # Beside the sources that it compiles; a build frontend puts no folder of the project's on the path.
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-import libraries  # noqa: E402
+import libraries
 
 RENAMED = {"kernels": "fastvit_kernels", "benchmarks": "fastvit_benchmarks"}
 COMPILERS = ("c++", "g++", "clang++")
@@ -23,7 +23,7 @@ REMEDY = "the rest of fastvit works; to have it, put that right and install agai
 
 
 class BuildOrSayWhy(build_ext):
-    """Leaves each compiled part or, where it cannot be built, a note of one line that fastvit.extension reads."""
+    """Leaves each compiled part or, where it cannot be built, a note that fastvit.extension reads."""
 
     def run(self):
         self.folder = Path(self.get_ext_fullpath("fastvit._C")).parent

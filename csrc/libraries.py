@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # -g0: the library then holds no path of the machine that built it.
 FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", TARGET)
 LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+NVCC_STRICT = ("-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage")
 ARCHS = ("80", "89", "90a", "100", "120")
 
 
@@ -158,23 +160,17 @@ class _Ninja:
     def __init__(self, work: Path, tools: Tools, flags: tuple[str, ...]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.tools, self.objects = work, tools, []
-        host = " ".join(f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden"))
-        plain = [
-            flag for flag in flags if flag not in ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0")
-        ]
-        include = shlex.join(tools.include)
-        self.lines = [
-            f"builddir = {work}",
-            "rule cxx",
-            f"  command = {tools.cxx} -MMD -MF $out.d {shlex.join(flags)} $flags {include} -c $in -o $out",
-            "  depfile = $out.d",
-            "rule nvcc",
-            f"  command = {tools.nvcc} -MMD -MF $out.d {shlex.join(plain)} {host} -Werror all-warnings $flags "
-            f"{include} -c $in -o $out",
-            "  depfile = $out.d",
-            "rule link",
-            f"  command = {tools.cxx} -shared -o $out $in -L{tools.torch / 'lib'} -Wl,--no-undefined $flags",
-        ]
+        # nvcc hands what it does not know to the host's compiler only if told to.
+        host_only = [flag for flag in flags if flag.startswith(("-f", "-W", "-g"))]
+        through = [f"-Xcompiler={flag}" for flag in host_only if flag not in ("-g0", "-Wall", "-Wextra")]
+        nvcc = [tools.nvcc or "", *(flag for flag in flags if flag not in host_only), *through, *NVCC_STRICT]
+        self.lines = []
+        for rule, compiler in (("cxx", [tools.cxx, *flags]), ("nvcc", nvcc)):
+            command = shlex.join([*compiler, *tools.include])
+            self.lines += [f"rule {rule}", f"  command = {command} $flags -MMD -MF $out.d -c $in -o $out"]
+            self.lines += ["  depfile = $out.d"]
+        library = shlex.join([tools.cxx, "-shared", f"-L{tools.torch / 'lib'}", "-Wl,--no-undefined"])
+        self.lines += ["rule link", f"  command = {library} -o $out $in $flags"]
 
     def compile(self, source: str, rule: str = "cxx", output: str = "", flags: tuple[str, ...] = ()) -> None:
         output = output or f"{source}.o"
@@ -199,3 +195,19 @@ class _Ninja:
             first = next((line for line in lines if "error" in line and "FAILED" not in line), lines[-1])
             raise Unbuildable(f"compiling failed at install time: {first.strip()}")
         return self.work / library
+
+
+def main() -> None:
+    """``python csrc/libraries.py FOLDER``: the CPU library with sanitizers, for the tests to load."""
+    (folder,) = map(Path, sys.argv[1:])
+    cxx = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if cxx is None:
+        sys.exit("no C++ compiler was found (looked for c++, g++, clang++)")
+    try:
+        print(build_cpu(Tools(cxx, torch_folder()), folder.resolve(), sanitize=True))
+    except Unbuildable as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

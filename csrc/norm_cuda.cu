@@ -129,11 +129,11 @@ __device__ __forceinline__ void write_sums(const float (&own)[kVectors * kWidth]
 
 // Two sums of float for each number, and both rows where that leaves registers to work with.
 template <typename In, typename Out, int kNumbers>
-constexpr bool kHoldsRows = kNumbers * (2 * sizeof(float) + sizeof(In) + sizeof(Out)) <= 700;
+constexpr bool kHoldsRows = kNumbers * (2 * sizeof(float) + sizeof(In) + sizeof(Out)) <= 600;
 
 // So many blocks of a backward pass share a multiprocessor and its registers.
 template <int kNumbers>
-constexpr int kBackwardBlocks = kNumbers <= 24 ? 4 : 2;
+constexpr int kBackwardBlocks = kNumbers <= 16 ? 4 : (kNumbers <= 24 ? 3 : 2);
 
 // With g = weight * grad and h the normalised row: dx = rstd (g - mean(g) - h mean(g h)) + beside. A warp walks
 // over rows and keeps its sums of grad * h and grad in registers (for kVectors > 0).
@@ -215,18 +215,19 @@ void launch_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) 
          ceil_div(a.rows, kWarps), kThreads, beside, a);
 }
 
-// Rows that a lane cannot hold or that are not aligned, for which pairs of numbers are tried.
+// Held where a lane's share leaves registers to work with; else the widest vectors that fit.
 template <typename In, typename Out, typename Parameter>
 void run_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
   constexpr int kWidth = kFullWidth<In, Out>;
-  bool done = false;
+  const auto held = [&](auto vectors) {
+    constexpr bool kHolds = vectors() * kWidth * sizeof(In) <= 512;
+    if constexpr (kHolds) launch_forward<vectors(), kWidth>(a, beside);
+    return kHolds;
+  };
   if (a.template fits<kWidth>()) {
-    with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96, 160>(a.columns, [&](auto vectors) {
-      if constexpr (vectors() > 0) launch_forward<vectors(), kWidth>(a, beside);
-      done = vectors() > 0;
-    });
+    if (with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96, 128, 160>(a.columns, held)) return;
+    return launch_forward<0, kWidth>(a, beside);
   }
-  if (done) return;
   if (a.template fits<2>()) return launch_forward<0, 2>(a, beside);
   launch_forward<0, 1>(a, beside);
 }
@@ -340,16 +341,14 @@ NormGradients norm_rows_backward(const Tensor& grad, const Tensor& x, const Tens
           data_of<Out>(rows), data_of<In>(x), norm.rms ? nullptr : data_of<float>(mean), data_of<float>(rstd),
           data_of<Parameter>(weight), data_of<In>(around), needs_x ? output_of<In>(*gradients.x) : nullptr,
           nullptr, nullptr, x.size(0), x.size(1)};
-      bool done = false;
-      if (a.rows > 0 && a.template fits<kWidth>()) {
-        with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96>(a.columns, [&](auto vectors) {
-          if constexpr (vectors() > 0) {
-            run_backward<vectors(), kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
-          }
-          done = vectors() > 0;
-        });
+      const auto together = [&](auto vectors) {
+        run_backward<vectors(), kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
+        return true;
+      };
+      if (a.template fits<kWidth>()) {
+        if (a.rows > 0 && with_vectors<kWidth, 8, 16, 24, 32, 48, 64>(a.columns, together)) return;
+        return run_backward_apart<kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
       }
-      if (done) return;
       if (a.template fits<2>()) return run_backward_apart<2>(a, x, needs_weight, needs_bias, dtype, gradients);
       run_backward_apart<1>(a, x, needs_weight, needs_bias, dtype, gradients);
     });

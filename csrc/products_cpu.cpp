@@ -1,4 +1,5 @@
-// products.h on a CPU: oneDNN through torch, in float32 and bfloat16; ATen in float64, which oneDNN has not.
+// products.h on a CPU: oneDNN through torch, in float32 and bfloat16; ATen in float64, which oneDNN has not, and
+// for a few rows, where MKL's products are more exact.
 //
 // torch itself calls MKL for float32. oneDNN is faster there, takes transposed operands as they are, packed
 // weights, and an activation or a residual in its epilogue.
@@ -19,27 +20,45 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, N> ar
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
+// oneDNN takes rows or columns of a weight one after the other, and of a bias no strides.
+Tensor dense(const Tensor& weight) {
+  if (weight.layout() != torch::headeronly::Layout::Strided) return weight;
+  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
+}
+
+OptionalTensor dense(const OptionalTensor& bias) {
+  return bias ? OptionalTensor(torch::stable::contiguous(*bias)) : bias;
+}
+
 // x weight^T + bias, then oneDNN's `post`: "none", "gelu" (of which `form` is "none" for erf, or "tanh"), ...
 Tensor onednn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const char* post = "none",
               const char* form = "") {
   return call("mkldnn::_linear_pointwise", "",
-              std::array{from(x), from(weight), from(bias), from(std::string(post)),
+              std::array{from(x), from(dense(weight)), from(dense(bias)), from(std::string(post)),
                          from(std::vector<std::optional<double>>{}),
                          from(std::optional<std::string>(form))});
 }
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
 
+constexpr std::int64_t kFewRows = 16;
+
+bool is_onednn(const Tensor& x) {
+  return x.scalar_type() != ScalarType::Double && x.size(0) > kFewRows && x.size(1) != 0;
+}
+
 // x weight^T + bias, whatever the dtype and the strides.
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  if (x.scalar_type() != ScalarType::Double && x.numel() != 0 && weight.numel() != 0) return onednn(x, weight, bias);
+  if (is_onednn(x)) return onednn(x, weight, bias);
   return call("aten::linear", "", std::array{from(x), from(weight), from(bias)});
 }
 
 // a^T b. Of float32 oneDNN takes a transposed second operand as it is, but would copy the first, and slowly;
 // for the rest torch's own product has no copy either.
 Tensor outer_product(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == ScalarType::Float) return product(transpose_rows(a), transposed(b), {});
+  if (a.scalar_type() == ScalarType::Float && a.size(0) > kFewRows) {
+    return product(transpose_rows(a), transposed(b), {});
+  }
   return call("aten::mm", "", std::array{from(transposed(a)), from(b)});
 }
 
@@ -63,8 +82,6 @@ std::optional<Post> post_for(Activation activation) {
   }
 }
 
-bool is_onednn(const Tensor& x) { return x.scalar_type() != ScalarType::Double && x.numel() != 0; }
-
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool) {
@@ -77,7 +94,7 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
     return add_scaled(residual, product(x, weight, bias), {}, {});
   }
   return call("mkldnn::_linear_pointwise", "binary",
-              std::array{from(x), from(residual), from(weight), from(bias), from(std::string("add"))});
+              std::array{from(x), from(residual), from(dense(weight)), from(dense(bias)), from(std::string("add"))});
 }
 
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -195,17 +195,13 @@ __device__ __forceinline__ std::int64_t first_row() {
   return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
 }
 
-// Calls use with the vectors a lane takes of such rows, as an integral_constant: of the numbers listed, which
-// cover the widths of vision transformers, the first that is enough; 0 where none is.
+// Calls use(vectors), an integral_constant, with the vectors that a lane takes of such rows: of the numbers
+// listed, which cover the widths of vision transformers, the first that is enough. False where none is.
 template <int kWidth, int kNumbers, int... kMore, typename Use>
-void with_vectors(std::int64_t columns, const Use& use) {
-  if (columns <= kLanes * kNumbers) {
-    use(std::integral_constant<int, kNumbers / kWidth>{});
-  } else if constexpr (sizeof...(kMore) > 0) {
-    with_vectors<kWidth, kMore...>(columns, use);
-  } else {
-    use(std::integral_constant<int, 0>{});
-  }
+bool with_vectors(std::int64_t columns, const Use& use) {
+  if (columns <= kLanes * kNumbers) return use(std::integral_constant<int, kNumbers / kWidth>{});
+  if constexpr (sizeof...(kMore) > 0) return with_vectors<kWidth, kMore...>(columns, use);
+  return false;
 }
 
 // Sums over the rows of a matrix: first over chunks of rows, then over the chunks, in an order that depends on

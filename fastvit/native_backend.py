@@ -1,9 +1,9 @@
 """Where the compiled ops can run, and where they have been measured to be worth it.
 
-The C++ library ("cpp") serves the CPU, the CUDA library ("cuda") GPUs. ``can_run`` answers None or the reason why
-not, and ``worth`` what `auto` asks beside: whether this machine is known to run such a call right and no slower
-than torch. Both take the op's arguments, or none of them for "any call on this machine"; they look at metadata
-only, and the library is loaded by the first call that could use it.
+The C++ library ("cpp") serves the CPU, the CUDA library ("cuda") GPUs. ``can_run`` answers None or the reason
+why not, and ``worth`` what `auto` asks beside: whether this machine is known to run such a call right and no
+slower than torch. Both take the op's arguments, or none of them for "any call on this machine"; they look at
+metadata only, and the library is loaded by the first call that could use it.
 """
 
 from functools import cache
@@ -93,7 +93,7 @@ CALLS = {
 
 
 def can_run(op: str, device: str, *args, **options) -> str | None:
-    """The reason why the library for this device ("cpu" or "cuda") cannot run this call of the op, or None."""
+    """The reason why the library for ``device``, "cpu" or "cuda", cannot run this call, or None."""
     if not args:
         return _loads(device) or _no_device(device)
     call = CALLS[op](*args, **options)

@@ -19,6 +19,19 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // WORKERS)))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--library", metavar="FILE", help="the CPU library to test instead of the installed one")
+
+
+def pytest_configure(config):
+    if library := config.getoption("--library", None):
+        from fastvit import extension
+
+        torch.ops.load_library(library)
+        installed = extension.why_no_ops
+        extension.why_no_ops = lambda device: None if device == "cpu" else installed(device)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 Each check raises ``AssertionError``. They take the op as a function, so that mutants can fail them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import plain_ops
 import pytest
@@ -11,7 +11,7 @@ import torch
 from op_cases import Call, float64, tensors
 
 from fastvit import ops
-from fastvit.contract import gemm_libraries, judge
+from fastvit.contract import HALF, gemm_libraries, judge
 
 GEMM_OPS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -39,25 +39,67 @@ def within_contract(op: str, call: Call, function: Callable | None = None, **how
     assert out.is_contiguous()
 
 
-def gradients_within_contract(op: str, call: Call, grad: Callable) -> None:
-    """So is the error of each gradient, ``grad(out)`` being the gradient of the output."""
-    ours = gradients(getattr(ops, op), call, grad)
-    oracle = gradients(getattr(plain_ops, op), float64(call), grad)
+def gradients_within_contract(
+    op: str,
+    calls: Call | Sequence[Call],
+    grad: Callable,
+    *,
+    without: Sequence[str] = (),
+    through: Sequence[str] = (),
+    **how: bool,
+) -> None:
+    """So is the error of each gradient, ``grad(out)`` being the gradient of the output.
+
+    Args:
+        calls: of several, gradients are judged together: a few elements do not tell how large an error is.
+        without: what the op gives no gradient to.
+        through: parameters whose gradient came through other products of the op, where, as for whole
+            models, torch's own error in half precision is the yardstick.
+    """
+    calls = [calls] if isinstance(calls, dict) else calls
+    plain = getattr(plain_ops, op)
+    dtype = next(iter(tensors(calls[0]).values())).dtype
+    how_given = {"grad": grad, "dtype": dtype, "without": without}
+    ours = _together(getattr(ops, op), calls, **how_given)
+    oracle = _together(plain, [float64(call) for call in calls], **how_given)
     baselines = []
     for context in _libraries(op):
         with context():
-            baselines.append(gradients(getattr(plain_ops, op), call, grad))
+            baselines.append(_together(plain, calls, **how_given))
     for name, gradient in ours.items():
-        kind = "param_grad" if name.endswith(("weight", "bias")) else "gemm" if op in GEMM_OPS else "op"
-        check = judge(f"{op}, d{name}", gradient, oracle[name], [b[name] for b in baselines], kind=kind)
+        direct = gradient.dtype not in HALF or name not in through
+        parameter = direct and name.endswith(("weight", "bias"))
+        kind = "param_grad" if parameter else "gemm" if op in GEMM_OPS else "op"
+        torchs = [baseline[name] for baseline in baselines]
+        check = judge(f"{op}, d{name}", gradient, oracle[name], torchs, kind=kind, **how)
         assert check.ok, check
 
 
-def gradients(function: Callable, call: Call, grad: Callable) -> dict[str, torch.Tensor]:
-    """The gradient of every floating tensor of the call, by name."""
-    leaves = {key: tensor.detach().requires_grad_() for key, tensor in tensors(call).items()}
+def gradients(
+    function: Callable, call: Call, grad: Callable, without: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The gradient of every floating tensor of the call but those named, by name."""
+    given = {key: tensor for key, tensor in tensors(call).items() if key not in without}
+    leaves = {key: tensor.detach().requires_grad_() for key, tensor in given.items()}
     out = function(**(call | leaves))
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad(out)), strict=True))
+
+
+def _together(
+    function: Callable, calls: Sequence[Call], *, grad: Callable, dtype: torch.dtype, without: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Gradients of each call, stacked; those of the outputs are the same numbers for the oracle."""
+
+    def numbered(place: int) -> Callable:
+        def given(out: torch.Tensor) -> torch.Tensor:
+            numbers = grad(out.to(dtype))
+            # Other numbers for each call; ones, of stride 0, stay.
+            return (numbers * (1 + place / 16) if place and any(numbers.stride()) else numbers).to(out.dtype)
+
+        return given
+
+    each = [gradients(function, call, numbered(place), without) for place, call in enumerate(calls)]
+    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
 def _numbers(shape: torch.Size) -> torch.Tensor:

@@ -10,7 +10,6 @@ if torch's own op would use it, which is looked up at each call. The kernels loa
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..call_facts import compute_dtype, needs_gradient, tf32
 from . import registration
@@ -61,7 +60,7 @@ class _Packed(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad_out):
         (qkv, out, lse), values = _saved(ctx, 3)
         views = _split(qkv, ctx.num_heads)
@@ -81,7 +80,7 @@ class _Separate(Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad_out, _):
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)

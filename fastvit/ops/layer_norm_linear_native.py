@@ -2,7 +2,6 @@
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
@@ -38,7 +37,7 @@ class _LayerNormLinear(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad):
         x, norm_weight, norm_bias, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
@@ -49,7 +48,7 @@ class _LayerNormLinear(Function):
 
 
 def _fwd_kernels(x, norm_weight, norm_bias, weight, bias, eps, norm, dtype, keep, save):
-    weight, bias, _ = native.weights(weight, bias, None, dtype, keep)
+    weight, bias, _ = native.weights(x, weight, bias, None, dtype, keep)
     return native.ops.layer_norm_linear_fwd(
         x, norm_weight, norm_bias, weight, bias, eps, norm, save, native.allows_tf32(x)
     )

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
@@ -67,7 +66,7 @@ class _LayerNormMlp(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad):
         count = len(Inputs._fields)
         inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
@@ -82,12 +81,12 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
 
 def _fwd_kernels(*arguments):
     inputs, (eps, activation, norm, dtype, keep, save) = Inputs(*arguments[:13]), arguments[13:]
-    fc1 = native.weights(inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep)
-    fc2 = native.weights(inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep)
+    fc1 = native.weights(inputs.x, inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep)
+    fc2 = native.weights(inputs.x, inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep)
     ready = inputs._replace(fc1_weight=fc1[0], fc1_bias=fc1[1], fc2_weight=fc2[0], fc2_bias=fc2[1])
     ready = ready._replace(layer_scale=fc2[2])
     if inputs.gate_weight is not None:
-        gate = native.weights(inputs.gate_weight, inputs.gate_bias, None, dtype, keep)
+        gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep)
         ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
     tf32 = native.allows_tf32(inputs.x)
     return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, tf32)

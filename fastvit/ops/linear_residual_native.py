@@ -2,7 +2,6 @@
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
@@ -19,7 +18,7 @@ def linear_residual(
     layer_scale: Tensor | None,
     sample_scale: Tensor | None,
 ) -> Tensor:
-    """The public op's call; under autocast the product is in low precision, and the sum as the residual is."""
+    """The public op's call; under autocast the product is in low precision, the sum as the residual is."""
     dtype = compute_dtype(weight)
     if needs_gradient(x, weight, bias, residual, layer_scale):
         cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -36,7 +35,7 @@ class _LinearResidual(Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad):
         x, weight, bias, layer_scale, sample_scale = ctx.saved_tensors
         x_needed, weight_needed, bias_needed, residual_needed, scale_needed, _ = ctx.needs_input_grad
@@ -51,7 +50,7 @@ class _LinearResidual(Function):
 
 
 def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep):
-    weight, bias, layer_scale = native.weights(weight, bias, layer_scale, dtype, keep)
+    weight, bias, layer_scale = native.weights(x, weight, bias, layer_scale, dtype, keep)
     tf32 = native.allows_tf32(x)
     return native.ops.linear_residual_fwd(x, weight, bias, residual, layer_scale, sample_scale, tf32)[0]
 

@@ -45,10 +45,14 @@ for _schema in SCHEMAS:
 ops = torch.ops.fastvit_native
 
 
+# Of so few rows oneDNN's products are less exact than MKL's by more than the contract allows.
+FEW_ROWS = 16
+
+
 def weights(
-    weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weight, bias and LayerScale of a product as the library is to read them.
+    """The weight, bias and LayerScale of a product as the library is to read them beside x [B, N, K].
 
     What can be kept until a parameter changes is cast to ``dtype``, has LayerScale folded in (None is left of
     it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
@@ -56,26 +60,25 @@ def weights(
     if not keep or not keepable((weight, bias, scale)):
         return weight.to(dtype), None if bias is None else bias.to(dtype), scale
 
+    packs = _packs(x, dtype)
+
     def prepared() -> Tensor:
-        return _packed((weight if scale is None else weight * scale[:, None]).to(dtype, copy=True))
+        ready = (weight if scale is None else weight * scale[:, None]).to(dtype, copy=True)
+        return torch.ops.mkldnn._reorder_linear_weight(ready) if packs else ready
 
     def bias_too() -> Tensor:
         return (bias if scale is None else bias * scale).to(dtype, copy=True)
 
     changed = scale is not None or weight.dtype != dtype
-    if changed or _packs(weight, dtype):
-        weight = derived(("linear weight", dtype), (weight, scale), prepared)
+    if changed or packs:
+        weight = derived(("linear weight", dtype, packs), (weight, scale), prepared)
     if bias is not None and changed:
         bias = derived(("linear bias", dtype), (bias, scale), bias_too)
     return weight, bias, None
 
 
-def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
-    return weight.device.type == "cpu" and dtype != torch.float64 and weight.numel() > 0
-
-
-def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight) if _packs(weight, weight.dtype) else weight
+def _packs(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.device.type == "cpu" and dtype != torch.float64 and x.shape[0] * x.shape[1] > FEW_ROWS
 
 
 def allows_tf32(x: Tensor) -> bool:

@@ -11,7 +11,6 @@ use it, which is looked up at each call.
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..call_facts import compute_dtype, needs_gradient, tf32
 from ..derived import derived
@@ -47,7 +46,7 @@ class _PatchEmbed(Function):
         return registration.call(_fwd, images, weight, bias, pos_embed, prefix, mean, std, False)
 
     @staticmethod
-    @once_differentiable
+    @registration.once_differentiable
     def backward(ctx, grad_out):
         images, weight, mean, std = ctx.saved_tensors
         *needs, mean_needed, std_needed = ctx.needs_input_grad

@@ -1,9 +1,11 @@
 """Ops in torch's dispatcher: one call to a compiler, an exporter, a tracer."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import Function
 from torch.library import Library
 
 NAMESPACE = __name__.partition(".")[0]
@@ -37,3 +39,37 @@ def below_autograd(op: Any, *args: Any) -> Any:
     """The op from its own entry for gradients, where none is needed."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A Function's ``backward`` whose gradients cannot be differentiated again, and say so if they are.
+
+    torch's own decorator lets them pass for constants where the gradient that came in is one, as that of
+    ``loss.sum()`` is: a penalty on such gradients would silently have none.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: torch.Tensor) -> Any:
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not recorded:
+            return gradients
+        return _Once.apply(torch.ones((), requires_grad=True), *gradients)
+
+    return once
+
+
+class _Once(Function):
+    """The gradients themselves, of which a second derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, anchor, *gradients):
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "fastvit's kernels give first derivatives only (they are once_differentiable): "
+            'for second ones run the forward pass under fastvit.use_backend("reference")'
+        )

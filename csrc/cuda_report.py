@@ -1,0 +1,150 @@
+"""`python csrc/cuda_report.py`: every CUDA kernel compiled for every architecture, with no GPU.
+
+It fails where one does not compile, warns (C7510 too), spills, or has local memory or float64.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ARCHS = ("80", "89", "90a", "100", "120")
+JOBS = 2
+PIPE_WIDTH = 160  # a pipe has none of its own, and eighty columns would break every row
+STARTS = re.compile(r"Compiling entry function '(\S+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+COMPLAINT = re.compile(r"(?:^|: |ptxas |nvcc )(?:warning|error|fatal)\b|C7510")
+COUNTED = re.compile(r"spilled to local memory|Local memory used")
+DOUBLE = re.compile(r"^(?!\s*//).*\.f64\b.*$", re.MULTILINE)
+
+
+@dataclass
+class Kernel:
+    """What ptxas said of a kernel; all but registers in bytes, and `spilled` is stores and loads."""
+
+    name: str
+    registers: int = 0
+    shared: int = 0
+    spilled: int = 0
+    local: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    source: str
+    arch: str
+    seconds: float
+    kernels: list[Kernel]
+    faults: list[str]
+
+
+def nvcc_command(source: Path, arch: str, output: Path, torch_include: Path) -> list[str]:
+    """The command that compiles a source for one architecture, with warnings as errors."""
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-fPIC"]
+    defines = ["-DFASTVIT_BUILD_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    strict = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
+    places = ["-isystem", torch_include, "-o", output, source]
+    return ["nvcc", "-cubin", f"-arch=sm_{arch}", *flags, *defines, *strict, *map(str, places)]
+
+
+def parse_ptxas(text: str) -> tuple[list[Kernel], list[str]]:
+    """The kernels in what `ptxas -v` printed, and a line for each thing that is wrong."""
+    kernels, faults = [], []
+    for line in text.splitlines():
+        if match := STARTS.search(line):
+            kernels.append(Kernel(match[1]))
+        elif kernels and (match := STACK.search(line)):  # of the kernel, or of a function that it calls
+            kernels[-1].local = max(kernels[-1].local, int(match[1]))
+            kernels[-1].spilled = max(kernels[-1].spilled, int(match[2]) + int(match[3]))
+        elif kernels and (match := USED.search(line)):
+            kernels[-1].registers, kernels[-1].shared = int(match[1]), int(match[2] or 0)
+        elif COMPLAINT.search(line) and not COUNTED.search(line):
+            faults.append(line.strip())
+    for kernel in kernels:
+        if kernel.spilled or kernel.local:
+            faults.append(f"{kernel.name}: {kernel.spilled} bytes spilled, {kernel.local} of local memory")
+    return kernels, faults
+
+
+def compile_one(source: Path, arch: str, torch_include: Path) -> Report:
+    """Compile a source and read what it showed."""
+    start = perf_counter()
+    with tempfile.TemporaryDirectory(prefix="fastvit-cuda-") as folder:
+        command = nvcc_command(source, arch, Path(folder, "a.cubin"), torch_include)
+        command += ["-keep", "-keep-dir", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        kernels, faults = parse_ptxas(done.stdout + done.stderr)
+        ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+        if found := DOUBLE.findall(ptx):
+            faults.append(f"float64 in {len(found)} lines of PTX, as in: {found[-1].strip()}")
+    if not faults and (done.returncode or not kernels):
+        faults.append(f"no kernel, and nvcc exited with {done.returncode}")
+    return Report(source.name, arch, perf_counter() - start, kernels, faults)
+
+
+def demangled(names: Iterable[str]) -> dict[str, str]:
+    """Each name as C++ writes it, without its parameters, or as it is where nothing can demangle."""
+    known, tool = sorted(set(names)), shutil.which("cu++filt") or shutil.which("c++filt") or "cat"
+    done = subprocess.run([tool], input="\n".join(known), capture_output=True, text=True, check=True)
+    plain = re.sub(r"fastvit::|\(anonymous namespace\)::|\bvoid ", "", done.stdout).splitlines()
+    return {name: text.partition("(")[0] for name, text in zip(known, plain, strict=True)}
+
+
+def show(reports: Sequence[Report], each: bool) -> None:
+    """A row for all instances of a template, by the largest, or a row for each; then the faults."""
+    console = Console(highlight=False, markup=False)
+    console.width = console.width if console.is_terminal else PIPE_WIDTH
+    names = demangled(kernel.name for report in reports for kernel in report.kernels)
+    sizes = ("registers", "shared", "spilled", "local")
+    table = Table("file", "kernel", "arch", "instances", *sizes, "seconds", box=SIMPLE)
+    for report in reports:
+        groups = defaultdict(list)
+        for kernel in report.kernels:
+            groups[names[kernel.name] if each else names[kernel.name].partition("<")[0]].append(kernel)
+        for name, group in sorted(groups.items()):
+            facts = (len(group), *(max(getattr(kernel, size) for kernel in group) for size in sizes))
+            table.add_row(report.source, name, report.arch, *map(str, facts), f"{report.seconds:.1f}")
+    console.print(table)
+    for report in reports:
+        for fault in report.faults:
+            line = re.sub(r"_Z\w+", lambda match: names.get(match[0], match[0]), fault)
+            console.print(f"FAILED {report.source} sm_{report.arch}: {line}", style="red", soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 if all pass, 1 if one fails, 2 if it cannot be run."""
+    parser = argparse.ArgumentParser("python csrc/cuda_report.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="only for it (may be repeated)")
+    parser.add_argument("--each", action="store_true", help="a row for every instance of a template")
+    asked = parser.parse_args(arguments)
+    sources, torch = sorted(Path(__file__).parent.glob("*.cu")), find_spec("torch")
+    if torch is None or shutil.which("nvcc") is None:
+        print("cuda_report: needs torch's headers, and nvcc on the PATH", file=sys.stderr)
+        return 2
+    include = Path(torch.submodule_search_locations[0], "include")
+    pairs = [(source, arch) for source in sources for arch in asked.arch or ARCHS]
+    with ThreadPoolExecutor(JOBS) as pool:
+        jobs = [pool.submit(compile_one, *pair, include) for pair in pairs]
+        list(track(as_completed(jobs), "compiling", len(jobs), console=Console(stderr=True), transient=True))
+    reports = [job.result() for job in jobs]
+    show(reports, asked.each)
+    return 1 if any(report.faults for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
