@@ -51,6 +51,9 @@ BENCH ?=
 bench: $(STAMP)
 	$(BIN)/python -m fastvit_benchmarks.bench_attention $(BENCH)
 	$(BIN)/python -m fastvit_benchmarks.bench_patch_embed $(BENCH)
+	$(BIN)/python -m fastvit_benchmarks.bench_layer_norm_linear $(BENCH)
+	$(BIN)/python -m fastvit_benchmarks.bench_linear_residual $(BENCH)
+	$(BIN)/python -m fastvit_benchmarks.bench_layer_norm_mlp $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

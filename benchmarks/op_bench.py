@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastvit.contract import judge
+from fastvit.contract import gemm_libraries, judge
 from fastvit.verdicts import Check
 
 from .harness import Call, Machine, Row, Timing, measure, ratios, rotating
@@ -205,19 +205,30 @@ def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
     return [first, *(case.inputs(seed, device) for seed in range(1, count))]
 
 
-def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results, Results]:
-    """Of the sample that is judged: float64, its size without cancellation, and torch's own in the dtype."""
+def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results, list[Results]]:
+    """Of the sample that is judged: float64, its size without cancellation, and torch's own in the dtype.
+
+    torch's own by each of its GEMM libraries on the device.
+    """
     sample = case.sample(inputs)
     exact = {name: t.double() if t.is_floating_point() else t for name, t in sample.items()}
     reference = differentiated(case.reference)
-    return reference(case, exact)(), case.uncancelled(**exact), reference(case, sample)()
+    device = next(iter(inputs.values())).device
+    torchs = []
+    for _, context in gemm_libraries(device):
+        with context():
+            torchs.append(reference(case, sample)())
+    return reference(case, exact)(), case.uncancelled(**exact), torchs
 
 
-def _checks(case: Case, results: Results, *known: Results) -> list[Check]:
-    found, truth, sizes, torchs = (case.parts(values) for values in (case.sampled(results), *known))
+def _checks(
+    case: Case, results: Results, exact: Results, uncancelled: Results, own: list[Results]
+) -> list[Check]:
+    found, truth, sizes = (case.parts(values) for values in (case.sampled(results), exact, uncancelled))
+    torchs = [case.parts(values) for values in own]
     how = {"tf32": case.dtype == "tf32", "backward": case.direction != "fwd"}
     return [
-        judge(name, out, truth[name][0], torchs[name][0], kind=kind, scale=sizes[name][0], **how)
+        judge(name, out, truth[name][0], [t[name][0] for t in torchs], kind=kind, scale=sizes[name][0], **how)
         for name, (out, kind) in found.items()
     ]
 

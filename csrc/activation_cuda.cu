@@ -13,7 +13,9 @@ struct Strided {
   T* start;
   std::int64_t stride;
 
-  __device__ __forceinline__ T* at(const Place& place) const { return start + place.row * stride + place.column; }
+  __device__ __forceinline__ T* at(const Place& place) const {
+    return start + place.row * stride + place.column;
+  }
 };
 
 template <typename T>
@@ -37,7 +39,8 @@ struct Forward {
 
   template <int kWidth>
   bool fits() const {
-    return (value.stride | gate.stride) % kWidth == 0 && vectors_fit<kWidth>(columns, value.start, gate.start, out);
+    return (value.stride | gate.stride) % kWidth == 0 &&
+           vectors_fit<kWidth>(columns, value.start, gate.start, out);
   }
 };
 
@@ -61,6 +64,7 @@ __global__ void __launch_bounds__(kActivationThreads) activate_kernel(Forward<T>
   store_floats<kWidth>(a.out + index * kWidth, value);
 }
 
+// grad and value_gradient may be one tensor.
 template <typename T>
 struct Backward {
   const T* grad;
@@ -180,13 +184,13 @@ ActivationGradients activate_backward(const Tensor& grad, const Tensor& value, c
   const ScalarType dtype = value.scalar_type();
   const Tensor incoming = packed(grad), activated = empty_beside(value, {rows, columns}, dtype);
   const std::int64_t width = packed_halves ? 2 * columns : columns;
-  const Tensor value_gradient = empty_beside(value, {rows, width}, dtype);
+  const Tensor value_gradient = packed_halves ? empty_beside(value, {rows, width}, dtype) : incoming;
   OptionalTensor gate_gradient;
   if (gate && !packed_halves) gate_gradient = empty_beside(value, {rows, columns}, dtype);
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    Backward<T> a{data_of<T>(incoming), strided<T>(value), strided<T>(gate), {}, {}, output_of<T>(activated), rows,
-                  columns};
+    Backward<T> a{data_of<T>(incoming),    strided<T>(value), strided<T>(gate), {}, {},
+                  output_of<T>(activated), rows,              columns};
     T* start = output_of<T>(value_gradient);
     a.value_gradient = {packed_halves ? start + columns : start, width};
     a.gate_gradient = {packed_halves ? start : (gate_gradient ? output_of<T>(*gate_gradient) : nullptr), width};

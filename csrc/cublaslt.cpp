@@ -19,7 +19,9 @@ void check(cublasStatus_t status, const char* what) {
 // graph: creating a handle, or loading a kernel for the first time. In here it is not.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { fastvit::check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  RelaxedCapture() {
+    fastvit::check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
   ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
@@ -180,9 +182,9 @@ cublasStatus_t matmul(const Product& p, const Operands& operands, const Tensor& 
   const float alpha = 1.0f, beta = p.adds_c ? 1.0f : 0.0f;
   const Tensor workspace =
       empty_beside(beside, {static_cast<std::int64_t>(plan.workspace)}, ScalarType::Byte);
-  check(cublasLtMatmul(handle, &description.operation, &alpha, o.a, &description.a, o.b, &description.b, &beta, o.c,
-                       &description.d, o.d, &description.d, &plan.algorithm, workspace.data_ptr(), plan.workspace,
-                       current_stream(beside)),
+  check(cublasLtMatmul(handle, &description.operation, &alpha, o.a, &description.a, o.b, &description.b, &beta,
+                       o.c, &description.d, o.d, &description.d, &plan.algorithm, workspace.data_ptr(),
+                       plan.workspace, current_stream(beside)),
         "cublasLtMatmul");
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -9,7 +9,7 @@
 #include "scope.h"
 
 // torch declares it only where USE_CUDA is defined, and that changes more of its headers.
-extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t, void**);
 
 namespace fastvit {
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ std::int64_t thread_index() {
 template <int kWidth, typename... T>
 bool vectors_fit(std::int64_t columns, const T*... rows) {
   return columns % kWidth == 0 &&
-         ((reinterpret_cast<std::uintptr_t>(rows) % alignof(Vector<std::remove_const_t<T>, kWidth>) == 0) && ...);
+         ((reinterpret_cast<std::uintptr_t>(rows) % alignof(Vector<T, kWidth>) == 0) && ...);
 }
 
 // As many numbers as make 16 bytes of the widest type.
@@ -120,7 +120,8 @@ void with_type(ScalarType dtype, const Use& use) {
 template <typename Use>
 void with_types(ScalarType a, ScalarType b, const Use& use) {
   if (a == b) return with_type(a, [&](auto type) { use(type, type); });
-  STD_TORCH_CHECK(a == ScalarType::Float, current_op, ": no CUDA kernel for ", name_of(a), " beside ", name_of(b));
+  STD_TORCH_CHECK(a == ScalarType::Float, current_op, ": no CUDA kernel for ", name_of(a), " beside ",
+                  name_of(b));
   with_type(b, [&](auto type) { use(Type<float>{}, type); });
 }
 
@@ -163,7 +164,8 @@ class Row {
  public:
   __device__ __forceinline__ Row(const T* start, std::int64_t columns) : start_(start) {
     if constexpr (kVectors > 0) {
-      each_vector<kVectors, kWidth>(columns, [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
+      each_vector<kVectors, kWidth>(columns,
+                                    [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
     }
   }
 

@@ -7,7 +7,7 @@ which everything is derived anew; and edits through `.data`, after which ``refre
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -34,17 +34,23 @@ def derived(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[
         sources: the tensors that it is derived from, the first not None: it dies with that one.
         compute: derives it; must return tensors that share no memory with the sources.
     """
-    if not keepable(sources):
-        return compute()
-    first = sources[0]
-    now = [_State(source) for source in sources if source is not None]
-    entry = _kept.get(first, {}).get(name)
-    if entry is not None and entry[0] == now:
+    return compute() if (value := kept(name, sources, compute)) is None else value
+
+
+def kept(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
+    """What ``derived`` gives, but None, and nothing computed, where it could not be kept."""
+    if not _keepable(sources):
+        return None
+    entry = _kept.get(sources[0], {}).get(name)
+    if entry is not None and all(
+        state.is_of(source) for state, source in zip(entry[0], sources, strict=True)
+    ):
         return entry[1]
+    states = [None if source is None else _State(source) for source in sources]
     value = compute()
     with _lock:
         _watch_optimizers()
-        _kept.setdefault(first, {})[name] = (now, value)
+        _kept.setdefault(sources[0], {})[name] = ([state or _ABSENT for state in states], value)
     return value
 
 
@@ -67,38 +73,54 @@ class _State:
 
     def __init__(self, tensor: Tensor) -> None:
         self.id, self.ref = id(tensor), TensorWeakRef(tensor)
+        # Holds the storage's address, though not its memory: no other storage gets it.
         self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.facts = (
-            tensor._version,
-            tensor.data_ptr(),
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            _stream(tensor),
-        )
+        self.facts = _facts(tensor)
 
-    def __eq__(self, other: object) -> bool:
+    def is_of(self, tensor: Tensor | None) -> bool:
         return (
-            isinstance(other, _State)
-            and self.facts == other.facts
-            and self.storage == other.storage
-            and self.ref() is other.ref()
+            tensor is not None
+            and self.id == id(tensor)
+            and self.facts == _facts(tensor)
+            and self.storage.cdata == tensor.untyped_storage()._cdata
+            and self.ref() is tensor
         )
 
 
-def _stream(tensor: Tensor) -> int | None:
+class _Absent:
+    """A source that was None."""
+
+    id = None
+
+    def is_of(self, tensor: Tensor | None) -> bool:
+        return tensor is None
+
+
+_ABSENT = _Absent()
+
+
+def _facts(tensor: Tensor) -> tuple:
+    return (
+        *(tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()),
+        _stream(tensor) if tensor.is_cuda else None,
+    )
+
+
+def _stream(tensor: Tensor) -> int:
     """Another stream may not have waited for the one that derived it."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def keepable(sources: Iterable[Tensor | None]) -> bool:
-    """Whether ``derived`` keeps what it derives from these now."""
+def _keepable(sources: Sequence[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
         return False
-    given = [source for source in sources if source is not None]
-    if any(type(source) not in (Tensor, nn.Parameter) or source.is_inference() for source in given):
-        return False
-    return not (given[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    for source in sources:
+        if source is not None and (type(source) not in _PLAIN or source.is_inference()):
+            return False
+    return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _drop(*_: Any) -> None:

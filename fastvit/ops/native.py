@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ..call_facts import tf32
-from ..derived import derived, keepable
+from ..derived import kept
 
 MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
@@ -57,24 +57,22 @@ def weights(
     What can be kept until a parameter changes is cast to ``dtype``, has LayerScale folded in (None is left of
     it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
     """
-    if not keep or not keepable((weight, bias, scale)):
-        return weight.to(dtype), None if bias is None else bias.to(dtype), scale
-
     packs = _packs(x, dtype)
-
-    def prepared() -> Tensor:
-        ready = (weight if scale is None else weight * scale[:, None]).to(dtype, copy=True)
-        return torch.ops.mkldnn._reorder_linear_weight(ready) if packs else ready
-
-    def bias_too() -> Tensor:
-        return (bias if scale is None else bias * scale).to(dtype, copy=True)
-
     changed = scale is not None or weight.dtype != dtype
-    if changed or packs:
-        weight = derived(("linear weight", dtype, packs), (weight, scale), prepared)
-    if bias is not None and changed:
-        bias = derived(("linear bias", dtype), (bias, scale), bias_too)
-    return weight, bias, None
+
+    def prepared() -> tuple[Tensor, Tensor | None]:
+        ready, ready_bias = weight, None
+        if changed:
+            ready = (weight if scale is None else weight * scale[:, None]).to(dtype, copy=True)
+        if changed and bias is not None:
+            ready_bias = (bias if scale is None else bias * scale).to(dtype, copy=True)
+        return torch.ops.mkldnn._reorder_linear_weight(ready) if packs else ready, ready_bias
+
+    if keep and (changed or packs):
+        value = kept(("linear", dtype, packs), (weight, bias if changed else None, scale), prepared)
+        if value is not None:
+            return value[0], value[1] if changed else bias, None
+    return weight.to(dtype), None if bias is None else bias.to(dtype), scale
 
 
 def _packs(x: Tensor, dtype: torch.dtype) -> bool:
