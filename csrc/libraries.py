@@ -7,6 +7,7 @@ Python, so torch is a folder of headers and libraries here, and is not imported.
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -192,7 +193,7 @@ class _Ninja:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stdout + done.stderr).splitlines() or [f"exit status {done.returncode}"]
-            first = next((line for line in lines if "error" in line and "FAILED" not in line), lines[-1])
+            first = next((line for line in lines if re.search(r"\berror ?:", line)), lines[-1])
             raise Unbuildable(f"compiling failed at install time: {first.strip()}")
         return self.work / library
 

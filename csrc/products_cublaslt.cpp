@@ -1,10 +1,10 @@
 // The matrix products by cuBLASLt, whose matrices are column-major: a row-major [r, c] is its [c, r] without a
 // copy, so that each product is the transposed one, d^T = (a b)^T = b^T a^T.
 //
-//   row-major                     column-major d   op(a) [m, k]                 op(b) [k, n]
-//   out [T, D] = x [T, K] W^T     out^T [D, T]     W   [D, K]: W [K, D] as T    x^T    [K, T]: x as N
-//   dx  [T, K] = grad [T, D] W    dx^T  [K, T]     W^T [K, D]: W [K, D] as N    grad^T [D, T]: grad as N
-//   dW  [D, K] = grad^T x         dW^T  [K, D]     x^T [K, T]: x [K, T] as N    grad   [T, D]: grad as T
+//   row-major                    column-major d   op(a) [m, k]                 op(b) [k, n]
+//   out [T, D] = x [T, K] W^T    out^T [D, T]     W   [D, K]: W [K, D] as T    x^T    [K, T]: x as N
+//   dx  [T, K] = grad [T, D] W   dx^T  [K, T]     W^T [K, D]: W [K, D] as N    grad^T [D, T]: grad as N
+//   dW  [D, K] = grad^T x        dW^T  [K, D]     x^T [K, T]: x [K, T] as N    grad   [T, D]: grad as T
 //
 // The bias [D] runs along the rows of out^T (m), as BIAS has it. The sum of grad over T is over the k of dW^T and
 // runs along its columns (n), as BGRADB has it.

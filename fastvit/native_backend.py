@@ -94,7 +94,7 @@ CALLS = {
 
 def can_run(op: str, device: str, *args, **options) -> str | None:
     """The reason why the library for ``device``, "cpu" or "cuda", cannot run this call, or None."""
-    if not args:
+    if not args and not options:
         return _loads(device) or _no_device(device)
     call = CALLS[op](*args, **options)
     if call.x.device.type != device:
@@ -135,7 +135,7 @@ def _unserved(call: Call) -> str | None:
 def worth(op: str, device: str, *args, **options) -> str | None:
     """Why `auto` leaves what the library can run: it was not measured here, or measured wrong or slower."""
     name = _machine(device)
-    if not args:
+    if not args and not options:
         return None if measurements.any_of(op, name) else f"not measured on {name}"
     call = CALLS[op](*args, **options)
     dtype = compute_dtype(call.weight)

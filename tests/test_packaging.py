@@ -79,32 +79,73 @@ def setup(tree, *arguments, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_no_compiler_is_one_line_and_no_failure(tree):
-    code, said = setup(tree, "build", PATH=str(tree / "empty"), CXX=None, PYTHONDONTWRITEBYTECODE=None)
+def test_no_compiler_is_a_line_a_part_and_no_failure(tree):
+    bare = {"PATH": str(tree / "empty"), "CUDA_HOME": str(tree), "CXX": None}
+    code, said = setup(tree, "build", FASTVIT_CUDA="0", PYTHONDONTWRITEBYTECODE=None, **bare)
     assert code == 0, said
-    (line,) = said.splitlines()
-    assert line.startswith(
-        "fastvit._C is not built: no C++ compiler was found at install time (looked for c++"
-    )
-    (note,) = tree.glob("build/lib*/fastvit/_C.missing")
-    assert note.read_text() == said
+    lines = said.splitlines(keepends=True)
+    for name, line in zip(("_fastvit_cpu", "_C"), lines, strict=True):
+        why = "no C++ compiler was found at install time (looked for c++"
+        assert line.startswith(f"fastvit.{name} is not built: {why}")
+        (note,) = tree.glob(f"build/lib*/fastvit/{name}.missing")
+        assert note.read_text() == line
     assert list(tree.glob("build/lib*/fastvit_kernels/tiles/sm_80.json"))
 
 
-def test_a_compile_error_is_one_line_and_no_failure(tree):
-    (tree / "csrc" / "bindings.cpp").write_text("#error out of order\n#error and again\n")
-    code, said = setup(tree, "build_ext", "--inplace")
+def test_a_compile_error_is_a_line_a_part_and_no_failure(tree):
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text("#error out of order\n#error and again\n")
+    code, said = setup(tree, "build_ext", "--inplace", FASTVIT_CUDA="0")
     if "no C++ compiler" in said:
         pytest.skip("no C++ compiler")
     assert code == 0
-    assert re.fullmatch(r"fastvit\._C is not built: \S+ failed at install time: .*out of order.*\n", said)
-    assert (tree / "fastvit" / "_C.missing").read_text() == said
+    library, module = said.splitlines()
+    assert re.fullmatch(r"fastvit\._fastvit_cpu is not built: .* at install time: .*out of order.*", library)
+    assert re.fullmatch(r"fastvit\._C is not built: \S+ failed at install time: .*out of order.*", module)
+    assert (tree / "fastvit" / "_C.missing").read_text() == module + "\n"
 
 
 def test_a_failed_build_leaves_no_older_library(tree):
-    (tree / "fastvit" / f"_C{EXTENSION_SUFFIXES[0]}").touch()
-    setup(tree, "build_ext", "--inplace", CXX="absent")
-    assert sorted(path.name for path in (tree / "fastvit").iterdir()) == ["_C.missing", "__init__.py"]
+    for name in (f"_C{EXTENSION_SUFFIXES[0]}", "_fastvit_cpu.so", "_fastvit_cuda.so"):
+        (tree / "fastvit" / name).touch()
+    setup(tree, "build_ext", "--inplace", CXX="absent", FASTVIT_CUDA="0")
+    left = sorted(path.name for path in (tree / "fastvit").iterdir())
+    assert left == ["_C.missing", "__init__.py", "_fastvit_cpu.missing", "_fastvit_cuda.missing"]
+
+
+def test_without_torch_the_libraries_say_so(tree):
+    """As in an isolated build: torch is a folder of headers to them, and there is none."""
+    (tree / "csrc" / "bindings.cpp").write_text("#error none\n")
+    (tree / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+    )
+    code, said = setup(tree, "build_ext", "--inplace", FASTVIT_CUDA="0", PYTHONPATH=str(tree))
+    assert code == 0
+    why = "torch was not found at install time (install it first, then use --no-build-isolation)"
+    assert said.splitlines()[0].startswith(f"fastvit._fastvit_cpu is not built: {why}")
+
+
+def test_cuda_that_was_asked_for_and_cannot_be_built_fails_hard(tree):
+    fake = tree / "empty" / "nvcc"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    for source in (tree / "csrc").glob("*.c*"):
+        source.write_text("#error out of order\n")
+    path = f"{tree / 'empty'}{os.pathsep}{os.environ['PATH']}"
+    code, said = setup(tree, "build_ext", "--inplace", FASTVIT_CUDA="1", PATH=path)
+    assert code == 1
+    assert said.splitlines()[-1].startswith("FASTVIT_CUDA=1, but fastvit._fastvit_cuda cannot be built: ")
+
+
+def test_an_unknown_architecture_is_one_line(tree):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    for source in (tree / "csrc").glob("*.c*"):
+        source.write_text("#error out of order\n")
+    code, said = setup(tree, "build_ext", "--inplace", FASTVIT_CUDA="1", FASTVIT_CUDA_ARCHS="80 75")
+    assert code == 1
+    assert "FASTVIT_CUDA_ARCHS has '75'; it may have 80, 89, 90a, 100, 120" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "AUTO", " 1"])
