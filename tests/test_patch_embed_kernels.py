@@ -42,8 +42,8 @@ def _runs(cell):
     return cell["dtype"] in DTYPES and (cell["dtype"] == torch.float32 or cell["precision"] != "tf32")
 
 
-# Pairwise over data, dtypes, tokens, patches and prefixes. Dropped: the full product; 196 tokens, which are cut
-# as 197 are; and in the interpreter, for time alone, what MOST_TOKENS does not allow.
+# Pairwise over data, dtypes, tokens, patches and prefixes. Dropped: the full product; 196 tokens, which are
+# cut as 197 are; and in the interpreter, for time alone, what MOST_TOKENS does not allow.
 MOST_TOKENS = {4: 577, 5: 257, 14: 50, 16: 50}
 REGIMES = op_cases.regime_cells(
     "patch_embed",
@@ -62,8 +62,8 @@ def test_every_regime_is_within_the_contract(cell):
 
 
 # Every geometry with every layout and kind of gradient, pairwise: patches of today's models, odd ones, sides
-# that differ, single pixels. Dropped: the full product, and the options, which come below; in the interpreter,
-# for time alone, 32 x 32 pixels of more than three channels.
+# that differ, single pixels. Dropped: the full product, and the options, which come below; in the
+# interpreter, for time alone, 32 x 32 pixels of more than three channels.
 GEOMETRY = pairwise(
     lambda cell: GPU or cell["patch"] != (32, 32) or cell["channels"] <= 3,
     patch=((16, 16), (14, 14), (8, 8), (32, 32), (5, 5), (2, 3), (1, 1)),
