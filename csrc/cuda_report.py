@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
+from libraries import ARCHS, NVCC_STRICT, TARGET, find_nvcc
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-ARCHS = ("80", "89", "90a", "100", "120")
 JOBS = 2
 PIPE_WIDTH = 160  # a pipe has none of its own, and eighty columns would break every row
 STARTS = re.compile(r"Compiling entry function '(\S+)'")
@@ -56,10 +56,10 @@ class Report:
 def nvcc_command(source: Path, arch: str, output: Path, torch_include: Path) -> list[str]:
     """The command that compiles a source for one architecture, with warnings as errors."""
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-fPIC"]
-    defines = ["-DFASTVIT_BUILD_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    strict = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
+    defines = ["-DFASTVIT_BUILD_CUDA", TARGET]
+    strict = [*NVCC_STRICT, "-Xptxas", "-v"]
     places = ["-isystem", torch_include, "-o", output, source]
-    return ["nvcc", "-cubin", f"-arch=sm_{arch}", *flags, *defines, *strict, *map(str, places)]
+    return [find_nvcc() or "nvcc", "-cubin", f"-arch=sm_{arch}", *flags, *defines, *strict, *map(str, places)]
 
 
 def parse_ptxas(text: str) -> tuple[list[Kernel], list[str]]:
@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--each", action="store_true", help="a row for every instance of a template")
     asked = parser.parse_args(arguments)
     sources, torch = sorted(Path(__file__).parent.glob("*.cu")), find_spec("torch")
-    if torch is None or shutil.which("nvcc") is None:
-        print("cuda_report: needs torch's headers, and nvcc on the PATH", file=sys.stderr)
+    if torch is None or find_nvcc() is None:
+        print("cuda_report: needs torch's headers, and nvcc on the PATH or in CUDA_HOME/bin", file=sys.stderr)
         return 2
     include = Path(torch.submodule_search_locations[0], "include")
     pairs = [(source, arch) for source in sources for arch in asked.arch or ARCHS]

@@ -21,8 +21,9 @@ CPU = ("rows_cpu.cpp", "products_cpu.cpp")
 # Vector instructions that row_loops.cpp is compiled for; the library takes the best at run time.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# -g0: the library then holds no path of the machine that built it.
-FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", TARGET)
+# -g0 and the map: a library holds no path of the machine that built it.
+FLAGS = ("-std=c++17", "-O3", "-g0", f"-ffile-prefix-map={CSRC}=csrc", "-fPIC", "-fvisibility=hidden")
+FLAGS += ("-Wall", "-Wextra", TARGET)
 LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 NVCC_STRICT = ("-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage")
 ARCHS = ("80", "89", "90a", "100", "120")
@@ -112,23 +113,17 @@ def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...]) -> Path:
     cublas = next(iter(sorted((header.parent.parent / "lib").glob("libcublasLt.so.*"))), None)
     if cublas is None:
         raise Unbuildable(f"libcublasLt is not beside {header.parent.parent.name}/include/cublasLt.h")
-    include = ("-DFASTVIT_BUILD_CUDA", "-isystem", str(_cuda_include(tools)), "-isystem", str(header.parent))
-    build = _Ninja(work, tools, (*FLAGS, *include))
-    for name in (*SHARED, *sorted(path.name for path in CSRC.glob("*cublaslt*.cpp"))):
+    build = _Ninja(work, tools, (*FLAGS, "-DFASTVIT_BUILD_CUDA"))
+    for name in SHARED:
         build.compile(name)
+    # nvcc knows where the toolkit's headers are; cuBLASLt's come with torch.
+    for path in sorted(CSRC.glob("*cublaslt*.cpp")):
+        build.compile(path.name, rule="nvcc", flags=("-isystem", str(header.parent)))
     for path in sorted(CSRC.glob("*.cu")):
         build.compile(path.name, rule="nvcc", flags=nvcc_flags(archs))
-    libraries = (
-        "-ltorch_cpu",
-        "-ltorch_cuda",
-        "-lc10",
-        str(cublas),
-        str(_cudart(tools)),
-        "-ldl",
-        "-lrt",
-        "-lpthread",
-    )
-    return build.link("_fastvit_cuda.so", libraries)
+    # nvcc takes no library by its full name, and beside torch there is none without a version in it.
+    blas = (f"-L{cublas.parent}", f"-Xlinker=-l:{cublas.name}")
+    return build.link("_fastvit_cuda.so", ("-ltorch_cpu", "-ltorch_cuda", "-lc10", *blas), rule="nvlink")
 
 
 def nvcc_flags(archs: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,28 +134,13 @@ def nvcc_flags(archs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(code)
 
 
-def _cuda_include(tools: Tools) -> Path:
-    return (
-        Path(os.path.realpath(tools.nvcc)).parent.parent / "include" if tools.nvcc else toolkit() / "include"
-    )
-
-
-def _cudart(tools: Tools) -> Path:
-    places = (_cuda_include(tools).parent / "lib64", toolkit() / "lib64")
-    found = next(
-        (place / "libcudart_static.a" for place in places if (place / "libcudart_static.a").is_file()), None
-    )
-    if found is None:
-        raise Unbuildable("libcudart_static.a is not in the CUDA toolkit's lib64")
-    return found
-
-
 class _Ninja:
     """Collects what to compile, then links it; a failure is the first line that says why."""
 
     def __init__(self, work: Path, tools: Tools, flags: tuple[str, ...]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.tools, self.objects = work, tools, []
+        flags = (*flags, f"-ffile-prefix-map={tools.torch}=torch")
         # nvcc hands what it does not know to the host's compiler only if told to.
         host_only = [flag for flag in flags if flag.startswith(("-f", "-W", "-g"))]
         through = [f"-Xcompiler={flag}" for flag in host_only if flag not in ("-g0", "-Wall", "-Wextra")]
@@ -170,20 +150,20 @@ class _Ninja:
             command = shlex.join([*compiler, *tools.include])
             self.lines += [f"rule {rule}", f"  command = {command} $flags -MMD -MF $out.d -c $in -o $out"]
             self.lines += ["  depfile = $out.d"]
-        library = shlex.join([tools.cxx, "-shared", f"-L{tools.torch / 'lib'}", "-Wl,--no-undefined"])
-        self.lines += ["rule link", f"  command = {library} -o $out $in $flags"]
+        folder = f"-L{tools.torch / 'lib'}"
+        links = {"link": [tools.cxx, "-shared", folder, "-Wl,--no-undefined"]}
+        links["nvlink"] = [tools.nvcc or "", "-shared", "-cudart=static", folder, "-Xlinker=--no-undefined"]
+        for rule, linker in links.items():
+            self.lines += [f"rule {rule}", f"  command = {shlex.join(linker)} -o $out $in $flags"]
 
     def compile(self, source: str, rule: str = "cxx", output: str = "", flags: tuple[str, ...] = ()) -> None:
         output = output or f"{source}.o"
         self.lines += [f"build {output}: {rule} {CSRC / source}", f"  flags = {shlex.join(flags)}"]
         self.objects.append(output)
 
-    def link(self, library: str, flags: tuple[str, ...]) -> Path:
-        self.lines += [
-            f"build {library}: link {' '.join(self.objects)}",
-            f"  flags = {shlex.join(flags)}",
-            "",
-        ]
+    def link(self, library: str, flags: tuple[str, ...], rule: str = "link") -> Path:
+        objects = " ".join(self.objects)
+        self.lines += [f"build {library}: {rule} {objects}", f"  flags = {shlex.join(flags)}", ""]
         (self.work / "build.ninja").write_text("\n".join(self.lines))
         try:
             import ninja
@@ -193,7 +173,7 @@ class _Ninja:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stdout + done.stderr).splitlines() or [f"exit status {done.returncode}"]
-            first = next((line for line in lines if re.search(r"\berror ?:", line)), lines[-1])
+            first = next((line for line in lines if re.search(r"\b(error|fatal) *:", line)), lines[-1])
             raise Unbuildable(f"compiling failed at install time: {first.strip()}")
         return self.work / library
 

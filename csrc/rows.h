@@ -49,8 +49,8 @@ struct ActivationGradients {
   Tensor activated;     // the activation once more, which the forward pass does not keep
 };
 
-// Gradients through `activate` from grad [T, M], whose memory may become a result's. With `packed` they are the two halves of one [T, 2M], the
-// gate's first.
+// Gradients through `activate` from grad [T, M], whose memory may become a result's. With `packed` they are the
+// two halves of one [T, 2M], the gate's first.
 ActivationGradients activate_backward(const Tensor& grad, const Tensor& value, const OptionalTensor& gate,
                                       Activation activation, bool packed);
 

@@ -134,7 +134,7 @@ def _unserved(call: Call) -> str | None:
 
 def worth(op: str, device: str, *args, **options) -> str | None:
     """Why `auto` leaves what the library can run: it was not measured here, or measured wrong or slower."""
-    name = _machine(device)
+    name = machine_name(device)
     if not args and not options:
         return None if measurements.any_of(op, name) else f"not measured on {name}"
     call = CALLS[op](*args, **options)
@@ -188,7 +188,7 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 
 
 @cache
-def _machine(device: str) -> str:
+def machine_name(device: str) -> str:
     """What measurements are of: a GPU by its name, a CPU by the instructions that decide."""
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CUDA GPU"
@@ -202,4 +202,4 @@ def _backend_constants(*functions: Any) -> None:
         function._dynamo_marked_constant = True
 
 
-_backend_constants(_loads, _no_device, _too_old, _machine)
+_backend_constants(_loads, _no_device, _too_old, machine_name)

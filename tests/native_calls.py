@@ -13,9 +13,19 @@ from fastvit import extension, ops
 OPS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
 DTYPES = (torch.float32, torch.bfloat16)  # and float64, which is judged for equality
 FIXED = ("sample_scale",)  # the libraries give it no gradient
+# The MLP's gradients that came through fc2 and the activation, or are of rows that did: all but fc2_bias's.
+THROUGH = {
+    "layer_norm_mlp": (
+        *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "gate_weight", "gate_bias"),
+        *("inner_norm_weight", "inner_norm_bias"),
+    )
+}
 
-_absent = extension.why_no_ops("cpu")
-needs_library = pytest.mark.skipif(_absent is not None, reason=str(_absent))
+
+def needs_library() -> pytest.MarkDecorator:
+    """Skips where the CPU library is not, with the reason; loads it."""
+    reason = extension.why_no_ops("cpu")
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 def trained(
@@ -31,13 +41,13 @@ def leaves(call: Call) -> Call:
     return call | {name: t.detach().clone().requires_grad_(name not in FIXED) for name, t in given}
 
 
-def regime(op: str, *, activation: str | None = None, **cell) -> Call:
-    """The contract's inputs, the MLP's with any activation: a gate of its own is fc1 turned round."""
-    call = op_cases.regime_call(op, **cell)
-    if activation is None:
-        return call
-    if activation == "swiglu":
-        call["fc2_weight"] = call["fc2_weight"][:, : len(call["fc1_weight"]) // 2].contiguous()
-    if activation == "swiglu, own gate":
-        call |= {"gate_weight": call["fc1_weight"].flip(0), "gate_bias": call["fc1_bias"].flip(0)}
-    return call | {"activation": activation.partition(",")[0]}
+def while_training(op: str) -> Callable:
+    """The op as it runs where gradients are recorded: nothing folded or packed, and more saved."""
+
+    def function(**call) -> torch.Tensor:
+        with torch.enable_grad():
+            out = getattr(ops, op)(**leaves(call))
+        assert out.requires_grad
+        return out.detach()
+
+    return function

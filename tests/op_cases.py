@@ -101,13 +101,23 @@ def build(op: str, *, dtype: torch.dtype = torch.float64, **options) -> Call:
     return {key: value for key, value in call.items() if key != "eps" or value is not None}
 
 
-def regime_call(op: str, regime: str, dtype: torch.dtype, **sizes: int) -> Call:
-    """The contract's inputs as the public op takes them: q, k and v packed."""
+def regime_call(
+    op: str, regime: str, dtype: torch.dtype, *, activation: str | None = None, **sizes: int
+) -> Call:
+    """The contract's inputs as the public op takes them: q, k and v packed.
+
+    The MLP's with any activation: packed "swiglu" has half the hidden width, and a gate of its own is fc1
+    turned round.
+    """
     call = REGIMES[regime].inputs(op, dtype, **sizes)
     if op == "attention":
         packed = torch.stack([call.pop(part) for part in "qkv"], dim=2)
         call |= {"qkv": packed.flatten(2), "num_heads": packed.shape[3]}
-    return call
+    if activation == "swiglu":
+        call["fc2_weight"] = call["fc2_weight"][:, : len(call["fc1_weight"]) // 2].contiguous()
+    if activation == "swiglu, own gate":
+        call |= {"gate_weight": call["fc1_weight"].flip(0), "gate_bias": call["fc1_bias"].flip(0)}
+    return call | ({"activation": activation.partition(",")[0]} if activation else {})
 
 
 def converted(call: Call, change: Callable[[torch.Tensor], torch.Tensor], *, floating: bool = False) -> Call:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops, use_backend
 
-pytestmark = needs_library
+pytestmark = needs_library()
 LINEAR, RESIDUAL, MLP = OPS
 # Without LayerScale, whose gradient is made of the bias's, no bias is read again.
 READ_AGAIN = {

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import BackendUnavailable, ops, use_backend
 
-pytestmark = needs_library
+pytestmark = needs_library()
 LINEAR, RESIDUAL, MLP = OPS
 FULL = op_cases.FULL
 CELLS = [

@@ -12,7 +12,7 @@ from weight_changes import CHANGES, Layer, edited
 
 from fastvit import derived, ops, use_backend
 
-pytestmark = needs_library
+pytestmark = needs_library()
 
 
 @pytest.fixture(autouse=True)

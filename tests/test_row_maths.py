@@ -19,16 +19,22 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (looke
 sys.path.insert(0, str(CSRC))
 import libraries  # noqa: E402
 
-C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-NAMES = {torch.float32: "float", torch.float64: "double"}
-ACTIVATIONS = [(name, dtype) for name in plain_ops.ACTIVATIONS for dtype in NAMES]
-# What a function may be off by, in eps of the larger of the result and eps; x is exact.
-ULPS = {torch.float32: 8, torch.float64: 8}
+DTYPES = {torch.float32: "float", torch.float64: "double"}
+ACTIVATIONS = [(name, dtype) for name in plain_ops.ACTIVATIONS for dtype in DTYPES]
+# Everywhere a model goes, both sides of where a tail is cut, and around zero, in steps no power of two.
+GRID = torch.cat([torch.linspace(-14, 14, 200_003), torch.linspace(-1e-3, 1e-3, 2001)]).double()
+EXTREMES = torch.tensor(
+    [
+        value * sign
+        for value in (torch.inf, torch.nan, 3e38, 1e30, 1e13, 100, 88, 87, 6, 0)
+        for sign in (1, -1)
+    ]
+).double()
 
 
 @pytest.fixture(scope="module")
 def maths(tmp_path_factory):
-    """The functions, compiled with the flags that the loops over rows have, in vectors where there are any."""
+    """The functions, compiled with the flags that the loops over rows have, for vectors if there are."""
     library = tmp_path_factory.mktemp("row_maths") / "row_maths.so"
     flags = ["-std=c++17", "-O3", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
     flags += [flag for flag in libraries.LEVELS["v3"] if _has_v3()]
@@ -48,16 +54,132 @@ def call(function, *arguments):
 def activated(maths, name, x):
     """Value, the value that comes with the slope, and the slope."""
     results = [torch.empty_like(x) for _ in range(3)]
-    call(getattr(maths, f"{name}_{NAMES[x.dtype]}"), x, *results, ctypes.c_int64(x.numel()))
+    call(getattr(maths, f"{name}_{DTYPES[x.dtype]}"), x, *results, ctypes.c_int64(x.numel()))
     return results
 
 
-def true(name, x):
+# torch's own 1 + erf and 1 + tanh cancel where x is negative.
+TRUTHS = plain_ops.ACTIVATIONS | {
+    "gelu": lambda x: x * torch.special.erfc(-x / 2**0.5) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
+
+
+def true(function, x):
     """Value and slope in float64."""
     x = x.double().requires_grad_()
-    value = plain_ops.ACTIVATIONS[name](x)
+    value = function(x)
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
-def grid(dtype):
-    return torch.cat([torch.linspace(-14, 14, 200_003, dtype=dtype), torch.linspace(-1e-3, 1e-3, 2001, dtype=dtype)])
+@pytest.mark.parametrize(("name", "dtype"), ACTIVATIONS)
+def test_activations_are_as_exact_as_their_type(maths, name, dtype):
+    x = GRID.to(dtype)
+    value, both, slope = activated(maths, name, x)
+    truth, true_slope = true(TRUTHS[name], x)
+    eps, size = torch.finfo(dtype).eps, x.double().abs()
+    # An exponent's rounding grows with it, x^2 or x^3; what float32 has no room for is zero.
+    limit = eps * (4 + size**3) * truth.abs() + 100 * torch.finfo(dtype).tiny
+    for found in (value, both):
+        assert ((found - truth).abs() <= limit).all()
+    assert ((slope - true_slope).abs() <= 8 * eps * (1 + size)).all()
+
+
+def test_gelu_for_half_precision_is_within_what_it_says(maths):
+    x = GRID.float()
+    value, both, slope = activated(maths, "gelu_half", x)
+    truth, true_slope = true(TRUTHS["gelu"], x)
+    assert max((found - truth).abs().max() for found in (value, both)) <= 3.6e-6
+    # A hundredth of what bfloat16 rounds a slope of one by.
+    assert (slope - true_slope).abs().max() <= 2**-9 / 100
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*ACTIVATIONS, ("gelu_half", torch.float32)])
+def test_activations_are_finite_where_torchs_own_are(maths, name, dtype):
+    x = EXTREMES.to(dtype)
+    value, both, slope = activated(maths, name, x)
+    truth, true_slope = true(plain_ops.ACTIVATIONS[name.removesuffix("_half")], x)
+    for found, expected in ((value, truth), (both, truth), (slope, true_slope)):
+        for test in (torch.isnan, torch.isposinf, torch.isneginf):
+            unlike = test(found) != test(expected.to(dtype))
+            assert not unlike.any(), f"{found[unlike].tolist()} at {x[unlike].tolist()}"
+
+
+def test_the_exponential_is_within_two_ulp_and_ends_at_zero_and_infinity(maths):
+    x = torch.cat([torch.linspace(-200, 200, 400_001), torch.tensor([torch.inf, -torch.inf, torch.nan])])
+    found = torch.empty_like(x)
+    call(maths.exponential_float, x, found, ctypes.c_int64(x.numel()))
+    inside = (x >= -87) & (x <= 88)
+    truth = x.double().exp()
+    assert ((found - truth).abs() <= 2 * 2**-23 * truth)[inside].all()
+    assert (found[x < -87] == 0).all()
+    assert (found[x > 88] == torch.inf).all()
+    assert found[-1].isnan()
+
+
+def test_bfloat16_is_read_as_torch_reads_it(maths):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    found = torch.empty(2**16)
+    call(maths.widened, bits, found, ctypes.c_int64(2**16))
+    assert torch.equal(found.view(torch.int32), bits.view(torch.bfloat16).float().view(torch.int32))
+
+
+# Each pattern of the upper half with what decides: nothing below, just under a tie, the tie, just over, all.
+def test_bfloat16_is_rounded_as_torch_rounds_it(maths):
+    upper = torch.arange(2**16, dtype=torch.int64)
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (upper[:, None] * 2**16 + lower).flatten().to(torch.uint32).view(torch.float32)
+    found = torch.empty(x.numel(), dtype=torch.uint16)
+    call(maths.rounded, x, found, ctypes.c_int64(x.numel()))
+    found, expected = found.view(torch.bfloat16), x.bfloat16()
+    assert torch.equal(found.isnan(), x.isnan())
+    assert torch.equal(found.view(torch.int16)[~x.isnan()], expected.view(torch.int16)[~x.isnan()])
+
+
+ROWS = {
+    "randn": lambda x: x,
+    "offset": lambda x: x + 1e3,
+    "small": lambda x: 3e-3 * x,
+    "constant": lambda x: torch.ones_like(x),
+    "outlier": lambda x: x.index_fill(0, torch.tensor([5]), 100),
+    "one": lambda x: x[:1],
+}
+
+
+# Also with a mean that was guessed badly, as a sum in float32 does of a large one: what is left is found.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("off", [None, 0.01])
+def test_statistics_of_a_row(maths, dtype, rms, row, off):
+    x = row(torch.randn(193, dtype=torch.float64)).to(dtype)
+    grad, eps = torch.randn(x.shape).to(dtype), 1e-6
+    mean, rstd, normalized, dx = (x.new_empty(size) for size in (1, 1, len(x), len(x)))
+    guess = ctypes.c_void_p(None) if off is None else x.mean(0, keepdim=True) + off
+    scalar = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[dtype]
+    cols = ctypes.c_int64(len(x))
+    call(
+        getattr(maths, f"statistics_{DTYPES[dtype]}"),
+        x,
+        guess,
+        scalar(eps),
+        rms,
+        cols,
+        mean,
+        rstd,
+        normalized,
+    )
+    call(getattr(maths, f"slope_{DTYPES[dtype]}"), grad, normalized, scalar(rstd.item()), rms, cols, dx)
+
+    exact = x.double().requires_grad_()
+    centre = torch.zeros(()) if rms else exact.mean()
+    true_rstd = ((exact - centre).square().mean() + eps).rsqrt()
+    (true_dx,) = torch.autograd.grad(((exact - centre) * true_rstd * grad.double()).sum(), exact)
+    size = exact.detach().abs().mean()
+    # Of equal numbers the squares of a wrong mean are all there is, and only nearly cancel.
+    if off is None or len(exact.unique()) > 1:
+        check = judge_saved("rstd", rstd.float(), true_rstd.detach()[None])
+        assert check.ok, check
+        torch.testing.assert_close(dx.double(), true_dx, rtol=1e-4, atol=1e-4 * true_rstd.item())
+    check = judge_saved("mean", mean.float(), centre.detach().double()[None], scale=size[None])
+    assert check.ok, check

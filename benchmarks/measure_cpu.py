@@ -1,0 +1,147 @@
+"""Which calls the C++ library serves no slower than torch on this CPU: the table that `auto` goes by.
+
+    python -m fastvit_benchmarks.measure_cpu kernels/measured/cpu.json
+
+Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of tokens from
+a ViT-Ti's at batch 1 to a ViT-L's at batch 8. A table's row holds for all sizes between those measured, and its
+ratio is the smallest of them; sizes are left out from the smallest rows up until no slower one is left.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from fastvit import native_backend, reference
+
+from . import halves
+from .harness import machine
+from .op_bench import differentiated, run_case
+
+WIDTHS, ROWS = (192, 384, 768, 1024), (50, 197, 1576)
+BESIDE = {
+    "layer_norm_linear": ("",),
+    "linear_residual": ("", "scaled"),
+    "layer_norm_mlp": ("", "scaled", "gated", "gated+scaled", "inner_norm", "gated+inner_norm"),
+}
+NORM = {"norm_weight": (1,), "norm_bias": (1,)}
+RATIO = 1.0
+
+
+@dataclass(frozen=True)
+class Variant(halves.Half):
+    """An op with what stands beside it, on [1, rows, D]."""
+
+    named: str
+    beside: str
+    passes = {"fwd": 1, "bwd": 1, "step": 1}  # noqa: RUF012
+
+    @property
+    def op(self) -> str:
+        return self.named
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return ("x", "residual") if self.op == "linear_residual" else ("x",)
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        scale = {"layer_scale": (1,)} if "scaled" in self.beside else {}
+        if self.op == "layer_norm_linear":
+            return NORM | {"weight": (3, 1), "bias": (3,)}
+        if self.op == "linear_residual":
+            return {"weight": (1, 1), "bias": (1,)} | scale
+        fc1 = 8 if "gated" in self.beside else 4
+        inner = {"inner_norm_weight": (4,), "inner_norm_bias": (4,)} if "inner_norm" in self.beside else {}
+        products = {"fc1_weight": (fc1, 1), "fc1_bias": (fc1,), "fc2_weight": (1, 4), "fc2_bias": (1,)}
+        return NORM | products | inner | scale
+
+    @property
+    def out_width(self) -> int:
+        return 3 * self.width if self.op == "layer_norm_linear" else self.width
+
+    def reference(self, **inputs: Tensor) -> Tensor:
+        return getattr(reference, self.op)(**inputs, **self.options)
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"activation": "swiglu"} if "gated" in self.beside else {}
+
+    def ours(self) -> Callable[..., Tensor]:
+        forward = halves.on_backend(self, "cpp")
+        return lambda **inputs: forward(**inputs, **self.options)
+
+
+def cases() -> Iterator[Variant]:
+    for op, dtype in product(BESIDE, ("float32", "bfloat16")):
+        for beside, direction, width, rows in product(BESIDE[op], ("fwd", "bwd"), WIDTHS, ROWS):
+            yield Variant(direction, dtype, 1, rows, width, op, beside)
+
+
+def measured(case: Variant, rounds: int) -> tuple[bool, float]:
+    """Whether the library is right, and torch's time divided by its own."""
+    providers = {"eager": differentiated(case.reference), "cpp": differentiated(case.ours())}
+    outcome = run_case(case, providers, torch.device("cpu"), machine(), rounds=rounds, seconds=0.02)
+    if reason := outcome.absent.get("cpp"):
+        sys.exit(f"{case.title}: {reason}")
+    return all(check.ok for check in outcome.checks["cpp"]), outcome.speedups.get("cpp", 0.0)
+
+
+def table(found: dict[Variant, tuple[bool, float]]) -> list[dict]:
+    """A row for each op, dtype, direction and what stands beside, from the fewest rows that are no slower."""
+    here, rows = machine(), []
+    groups: dict[tuple, dict[int, list[tuple[bool, float]]]] = {}
+    for case, result in found.items():
+        key = (case.op, case.dtype, case.direction, case.beside)
+        groups.setdefault(key, {}).setdefault(case.tokens, []).append(result)
+    for (op, dtype, direction, beside), by_rows in groups.items():
+        slow = [count for count, results in by_rows.items() if min(ratio for _, ratio in results) < RATIO]
+        first = min((count for count in by_rows if not slow or count > max(slow)), default=None)
+        if first is None:
+            continue
+        used = [result for count, results in by_rows.items() if count >= first for result in results]
+        rows.append(
+            {
+                "op": op,
+                "gpu": native_backend.machine_name("cpu"),
+                "dtype": dtype,
+                "direction": direction,
+                "options": beside,
+                "width": [WIDTHS[0], WIDTHS[-1]],
+                "rows": [first, None],
+                "ok": all(ok for ok, _ in used),
+                "ratio": round(min(ratio for _, ratio in used), 2),
+                "torch": torch.__version__,
+                "triton": "",
+                "date": date.today().isoformat(),
+                "commit": here.commit,
+            }
+        )
+    return rows
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="Where the table goes.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 15,
+) -> None:
+    console, found, wanted = Console(), {}, list(cases())
+    for case in track(wanted, "measuring", console=Console(stderr=True), transient=True):
+        found[case] = measured(case, rounds)
+        ok, ratio = found[case]
+        console.print(f"{ratio:5.2f}x {'' if ok else 'WRONG '}{case.title} {case.beside}", highlight=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in table(found)) + "\n]\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,149 @@
+"""Faults put into the C++ of the compiled ops one at a time, and the check that each fails."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """``old``, which the file of csrc/ holds exactly once, becomes ``new``; the check is to fail."""
+
+    file: str
+    fault: str
+    old: str
+    new: str
+    check: str
+
+
+_STATISTICS = "row_statistics(first, off, squares, Wide(cols), Wide(norm.eps), norm.rms);"
+_LOW_STATISTICS = f"""[&] {{
+  RowStatistics<Wide> low = {_STATISTICS}
+  for (Wide* x : {{&low.first, &low.rest, &low.rstd}}) {{
+    BrainFloat half;
+    store(half, float(*x));
+    *x = widen(half);
+  }}
+  return low;
+}}();"""
+_ROWS_OF_VALUES = (
+    "for (Size row = 0; row < rows; ++row) {\n      const Out* value = static_cast<const Out*>(value_)"
+)
+_OWN_STATISTICS = "at(rstd, row, 1), how.arrays, at(beside"
+_ADDED = "from(residual), from(dense(weight)), from(dense(bias))"
+_BIAS_ROWS = "product(torch::stable::new_zeros(x, {x.size(0), x.size(1)}, x.scalar_type()), weight, bias)"
+_HALVES = "torch::stable::narrow(both, 1, {}, half), torch::stable::narrow(both, 1, {}, half)"
+_SCALED_WEIGHT = "layer_scale ? scale_rows(weight, *layer_scale) : weight"
+_VALUE_AND_GATE = "Function::value(widen(gate[i])) * widen(value[i])"
+_SUMMED = """const Out* x = static_cast<const Out*>(x_) + row * cols;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) sum[i] """
+
+_ROWS: dict[str, list[tuple[str, str, str, str]]] = {
+    "row_norm.h": [
+        ("eps dropped", "variance) + eps)", "variance))", "linear bf16, small std"),
+        ("eps 1e-5 for 1e-6", "variance) + eps)", "variance) + 10 * eps)", "linear bf16, small std"),
+        (
+            "unbiased variance",
+            "squares / cols - rest",
+            "squares / (cols - 1) - rest",
+            "linear bf16, width 16",
+        ),
+        ("mean term dropped", "(grad - mean)", "grad", "dlinear"),
+        ("second correction term dropped", " - normalized * product", "", "dlinear"),
+        ("rstd of the gradient dropped", "return rstd * ((grad", "return ((grad", "dlinear"),
+    ],
+    "row_loops.cpp": [
+        ("statistics in bf16", _STATISTICS, _LOW_STATISTICS, "linear bf16, offset"),
+        (
+            "rms_norm takes the mean off",
+            "if (!norm.rms) {\n        Wide sum",
+            "{\n        Wide sum",
+            "linear, rms",
+        ),
+        ("bias of the norm dropped", "* weight[i] + bias[i])", "* weight[i])", "linear"),
+        ("weight of the norm's gradient dropped", "sum += g;", "sum += widen(grad[i]);", "dlinear"),
+        ("a sum that forgets", "sum[i] += widen(grad[i]) *", "sum[i] = widen(grad[i]) *", "dlinear"),
+        ("gradient of the residual dropped", "beside ? own + widen(beside[i]) : own", "own", "dmlp"),
+        ("residual dropped", "widen(residual[i]) + branch", "branch", "residual, scaled"),
+        ("LayerScale dropped", "scale ? scale[i] * widen(y[i]) :", "false ? Wide(0) :", "residual, scaled"),
+        ("sample_scale dropped", ": widen(y[i])) * factor;", ": widen(y[i]));", "residual, scaled"),
+        ("last row unwritten", _ROWS_OF_VALUES, _ROWS_OF_VALUES.replace("< rows", "< rows - 1"), "mlp"),
+        (
+            "gate and value swapped",
+            _VALUE_AND_GATE,
+            "widen(gate[i]) * Function::value(widen(value[i]))",
+            "mlp, swiglu",
+        ),
+        ("slope of the gate dropped", "g * v * slope", "g * v", "dmlp, swiglu"),
+        ("last row of a sum dropped", _SUMMED, f"if (row + 1 == rows) continue;\n{_SUMMED}", "dlinear"),
+        ("last row of a tile dropped", "j0 + tile : rows;", "j0 + tile : rows - 1;", "dlinear"),
+        ("a product of rows that forgets", "sum += widen(a[i])", "sum = widen(a[i])", "dresidual"),
+    ],
+    "rows_cpu.cpp": [
+        ("last chunk of a sum dropped", "rows_of(chunks), cols)", "rows_of(chunks) - 1, cols)", "dlinear"),
+        ("statistics of the first rows", _OWN_STATISTICS, _OWN_STATISTICS.replace("row", "0", 1), "dlinear"),
+        ("sample_scale of another sample", "[sample]);\n      row", "[0]);\n      row", "residual, scaled"),
+        ("sample_scale of another gradient", "[sample], tokens", "[0], tokens", "dresidual"),
+        ("halves of the gradient swapped", "if (packed) dv +=", "if (packed) dg +=", "dmlp, swiglu"),
+        ("bias of LayerScale's gradient dropped", "if (!c) return", "if (true) return", "dresidual"),
+    ],
+    "products_cpu.cpp": [
+        (
+            "bias added twice",
+            _ADDED,
+            _ADDED.replace("residual", f"add_scaled(residual, {_BIAS_ROWS}, {{}}, {{}})"),
+            "residual",
+        ),
+        ("bias dropped", _ADDED, _ADDED.replace("dense(bias)", "OptionalTensor()"), "residual"),
+        ("tanh for erf", '"gelu", "none"', '"gelu", "tanh"', "mlp"),
+        ("relu for silu", '"swish"', '"relu"', "mlp, silu"),
+    ],
+    "branch.h": [
+        ("LayerScale of x's gradient dropped", _SCALED_WEIGHT, "weight", "dresidual"),
+        ("LayerScale of the weight's dropped", "? scale_rows(g, *layer_scale) : g", "? g : g", "dresidual"),
+        (
+            "LayerScale dropped",
+            "tf32), layer_scale, sample_scale",
+            "tf32), {}, sample_scale",
+            "residual, scaled",
+        ),
+    ],
+    "layer_norm_linear.cpp": [
+        ("rows not normalised again", "needs_weight ? renorm_rows", "false ? renorm_rows", "dlinear"),
+    ],
+    "linear_residual.cpp": [
+        (
+            "sample_scale of gradients dropped",
+            "scale_samples(grad, sample_scale",
+            "scale_samples(grad, {}",
+            "dresidual",
+        ),
+    ],
+    "layer_norm_mlp.cpp": [
+        ("gate and value swapped", _HALVES.format("half", 0), _HALVES.format(0, "half"), "mlp, swiglu"),
+        ("inner norm dropped", "a = inner.rows;", "", "mlp, inner norm"),
+        ("gradient of the gate dropped", "if (gate_weight) dh =", "if (false) dh =", "dmlp, own gate"),
+        (
+            "gradient of the residual dropped",
+            "needs_x ? OptionalTensor(as_rows(grad))",
+            "false ? OptionalTensor(grad)",
+            "dmlp",
+        ),
+    ],
+    "activations.h": [
+        ("a digit of the tail", "0.19748377850979876f", "0.1975f", "mlp"),
+        ("density of gelu's slope dropped", "slope = phi + x * density", "slope = phi", "dmlp"),
+        (
+            "density of gelu_half's slope dropped",
+            "slope = phi + y * (1.0f - phi) * u_slope",
+            "slope = phi",
+            "dmlp bf16",
+        ),
+        ("slope of silu's sigmoid dropped", "slope = s + k * y * (T(1) - s)", "slope = s", "dmlp, silu"),
+        ("1.7 for 1.702", "T(1.702)", "T(1.7)", "mlp, quick_gelu"),
+        ("a three of gelu_tanh's slope dropped", "T(3) * c", "c", "dmlp, gelu_tanh"),
+        ("a digit of gelu_tanh", "T(0.044715)", "T(0.0447)", "mlp, gelu_tanh"),
+    ],
+    "brain_float.h": [
+        ("cut instead of rounded", "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits", "linear bf16"),
+    ],
+}
+MUTANTS = [Mutant(file, *row) for file, rows in _ROWS.items() for row in rows]
