@@ -126,7 +126,7 @@ struct GeluHalf {
 template <typename T>
 FASTVIT_HOST_DEVICE T scaled_silu(T x, T k, T& slope) {
   const T s = sigmoid(k * x), y = x * s;
-  slope = s + k * y * (T(1) - s);
+  slope = s + y * (T(1) - s) * k;
   return y;
 }
 

@@ -1,7 +1,7 @@
 // The MLP half of a block: norm2, fc1, activation, a norm inside or none, fc2, LayerScale, residual.
 //
-// Saved for backward: mean and rstd of the norm, fc1's output (and the gate's) before the activation, and mean
-// and rstd of the norm inside. The normalised rows and the activation are computed again.
+// Saved for backward: mean and rstd of the norm, fc1's output (and the gate's) before the activation, mean and rstd
+// of the norm inside, and beside LayerScale fc2's output. Normalised rows and activation are computed again.
 #include "branch.h"
 #include "needs.h"
 #include "scope.h"
@@ -69,14 +69,14 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
     a = inner.rows;
     if (save) saved.insert(saved.end(), {inner.mean, inner.rstd});
   }
-  const Tensor out = branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, tf32);
-  return {shaped_like(x, out), saved};
+  const BranchEnd end = branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, tf32);
+  if (save && end.product) saved.push_back(*end.product);
+  return {shaped_like(x, end.out), saved};
 }
 
 Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
-                           OptionalTensor fc2_bias, OptionalTensor gate_weight,
-                           OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
+                           OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                            OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
                            std::string activation, std::string norm, std::int64_t needs, bool tf32) {
   const Scope scope("layer_norm_mlp's gradient", x, fc1_weight);
@@ -95,13 +95,19 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
   const ScalarType dtype = fc1_weight.scalar_type();
   const Norm outer{norm_weight, norm_bias, rms, eps}, within{inner_norm_weight, inner_norm_bias, rms, eps};
   const Tensor rows = as_rows(x);
+  OptionalTensor product;
+  if (layer_scale) {
+    product = saved.back();
+    saved.pop_back();
+  }
   const Inputs in =
       inputs_of(saved[2], gate_weight ? OptionalTensor(saved[3]) : std::nullopt, gated);
 
   // From the output to the activation, which is needed again for fc2's gradient.
-  const Tensor dy = scale_samples(grad, sample_scale, dtype);
+  const BranchGradient end =
+      branch_gradient(grad, product, layer_scale, sample_scale, dtype, needs_scale);
   OptionalTensor da;
-  if (needs_fc1 || needs_inner) da = branch_input_gradient(dy, fc2_weight, layer_scale, tf32);
+  if (needs_fc1 || needs_inner) da = linear_input_gradient(end.product, fc2_weight, tf32);
   NormGradients inner;
   OptionalTensor fc2_input;
   if (inner_norm_weight) {
@@ -123,8 +129,8 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
   } else if (!fc2_input) {
     fc2_input = activate(in.value, in.gate, act);
   }
-  const BranchGradients end = branch_weight_gradients(dy, *fc2_input, fc2_weight, fc2_bias, layer_scale,
-                                                      needs_fc2_weight, needs_fc2_bias, needs_scale, tf32);
+  const LinearGradients fc2 =
+      branch_weight_gradients(end.product, *fc2_input, needs_fc2_weight, needs_fc2_bias, tf32);
   fc2_input.reset();
   da.reset();
 
@@ -145,7 +151,7 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
                                 needs_norm_weight, needs_norm_bias);
     if (before.x) before.x = shaped_like(x, *before.x);
   }
-  return present({before.x, before.weight, before.bias, fc1.weight, fc1.bias, end.weight, end.bias, gate.weight,
+  return present({before.x, before.weight, before.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gate.weight,
                   gate.bias, inner.weight, inner.bias, end.layer_scale});
 }
 

@@ -21,10 +21,9 @@ Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTens
                               std::int64_t needs, bool tf32);
 
 WithSaved linear_residual_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual,
-                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool tf32);
-Tensors linear_residual_bwd(Tensor grad, Tensor x, Tensor weight, OptionalTensor bias,
-                            OptionalTensor layer_scale, OptionalTensor sample_scale, std::int64_t needs,
-                            bool tf32);
+                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool tf32);
+Tensors linear_residual_bwd(Tensor grad, Tensor x, Tensors saved, Tensor weight, OptionalTensor layer_scale,
+                            OptionalTensor sample_scale, std::int64_t needs, bool tf32);
 
 WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor fc1_weight,
                              OptionalTensor fc1_bias, Tensor fc2_weight, OptionalTensor fc2_bias,
@@ -34,8 +33,7 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              std::string activation, std::string norm, bool save, bool tf32);
 Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
-                           OptionalTensor fc2_bias, OptionalTensor gate_weight,
-                           OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
+                           OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                            OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
                            std::string activation, std::string norm, std::int64_t needs, bool tf32);
 

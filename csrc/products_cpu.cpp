@@ -66,7 +66,7 @@ struct Post {
   const char *name, *form;
 };
 
-// What of the activations oneDNN has.
+// What of the activations oneDNN has. Its ReLU makes nan 0, where torch's keeps it.
 std::optional<Post> post_for(Activation activation) {
   switch (activation) {
     case Activation::kGelu:
@@ -75,8 +75,6 @@ std::optional<Post> post_for(Activation activation) {
       return Post{"gelu", "tanh"};
     case Activation::kSilu:
       return Post{"swish", ""};
-    case Activation::kRelu:
-      return Post{"relu", ""};
     default:
       return std::nullopt;
   }

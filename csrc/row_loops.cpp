@@ -124,12 +124,15 @@ struct Loops {
     }
   }
 
-  static void scale(const void* x_, void* out_, double factor_, Size count) {
-    const In* x = static_cast<const In*>(x_);
-    Out* out = static_cast<Out*>(out_);
+  static void scale(const void* x_, void* out_, const void* scale_, double factor_, Size rows, Size cols) {
+    const Wide* scale = static_cast<const Wide*>(scale_);
     const Wide factor = static_cast<Wide>(factor_);
-    FASTVIT_SIMD
-    for (Size i = 0; i < count; ++i) store(out[i], factor * widen(x[i]));
+    for (Size row = 0; row < rows; ++row) {
+      const In* x = static_cast<const In*>(x_) + row * cols;
+      Out* out = static_cast<Out*>(out_) + row * cols;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) store(out[i], (scale ? scale[i] * widen(x[i]) : widen(x[i])) * factor);
+    }
   }
 
   template <typename Function>
@@ -210,24 +213,13 @@ struct Loops {
     }
   }
 
-  static void scale_rows(const void* x_, const void* scale_, void* out_, Size rows, Size cols) {
-    for (Size row = 0; row < rows; ++row) {
-      const Out* x = static_cast<const Out*>(x_) + row * cols;
-      Out* out = static_cast<Out*>(out_) + row * cols;
-      const Wide factor = static_cast<const Wide*>(scale_)[row];
-      FASTVIT_SIMD
-      for (Size i = 0; i < cols; ++i) store(out[i], factor * widen(x[i]));
-    }
-  }
-
-  static void row_products(const void* a_, const void* b_, void* sums_, Size rows, Size cols) {
+  static void sum_products(const void* a_, const void* b_, void* sum_, Size rows, Size cols) {
+    Wide* sum = static_cast<Wide*>(sum_);
     for (Size row = 0; row < rows; ++row) {
       const Out* a = static_cast<const Out*>(a_) + row * cols;
       const Out* b = static_cast<const Out*>(b_) + row * cols;
-      Wide sum = 0;
-      FASTVIT_SUM(sum)
-      for (Size i = 0; i < cols; ++i) sum += widen(a[i]) * widen(b[i]);
-      static_cast<Wide*>(sums_)[row] = sum;
+      FASTVIT_SIMD
+      for (Size i = 0; i < cols; ++i) sum[i] += widen(a[i]) * widen(b[i]);
     }
   }
 
@@ -256,9 +248,8 @@ struct Loops {
     }
   }
 
-  static constexpr RowLoops table = {norm,     renorm,            norm_backward, add_scaled,   scale,
-                                     activate, activate_backward, scale_rows,    row_products, sum_rows,
-                                     transpose};
+  static constexpr RowLoops table = {norm,     renorm,            norm_backward, add_scaled, scale,
+                                     activate, activate_backward, sum_products,  sum_rows,   transpose};
 };
 
 }  // namespace

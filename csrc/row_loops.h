@@ -33,15 +33,16 @@ struct RowLoops {
   // residual and out are in the input's dtype, y in the output's: out = residual + factor * scale * y.
   void (*add_scaled)(const void* residual, const void* y, void* out, const void* scale, double factor, Size rows,
                      Size cols);
-  void (*scale)(const void* x, void* out, double factor, Size count);
+  // From the input's dtype to the output's; scale [cols] may be null.
+  void (*scale)(const void* x, void* out, const void* scale, double factor, Size rows, Size cols);
 
   // These are on rows of the output's dtype alone.
   void (*activate)(const void* value, const void* gate, void* out, Activation activation, Size rows, Size cols,
                    Size stride);
   void (*activate_backward)(const void* grad, const void* value, const void* gate, void* dvalue, void* dgate,
                             void* activated, Activation activation, Size rows, Size cols, Size stride);
-  void (*scale_rows)(const void* x, const void* scale, void* out, Size rows, Size cols);
-  void (*row_products)(const void* a, const void* b, void* sums, Size rows, Size cols);
+  // sum [cols] is added to.
+  void (*sum_products)(const void* a, const void* b, void* sum, Size rows, Size cols);
   void (*sum_rows)(const void* x, void* sum, Size rows, Size cols);
   // Columns [first, first + count) of x [rows, cols] become rows of out [cols, rows].
   void (*transpose)(const void* x, void* out, Size rows, Size cols, Size first, Size count);

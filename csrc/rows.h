@@ -59,15 +59,12 @@ ActivationGradients activate_backward(const Tensor& grad, const Tensor& value, c
 Tensor add_scaled(const Tensor& residual, const Tensor& y, const OptionalTensor& layer_scale,
                   const OptionalTensor& sample_scale);
 
-// sample_scale * x in dtype: the gradient as it enters a branch. x may have any strides.
-Tensor scale_samples(const Tensor& x, const OptionalTensor& sample_scale, ScalarType dtype);
+// sample_scale * layer_scale * x in dtype: the gradient as it enters a branch. x may have any strides.
+Tensor scale(const Tensor& x, const OptionalTensor& layer_scale, const OptionalTensor& sample_scale,
+             ScalarType dtype);
 
-// weight [D, K] with row i times scale[i], in the weight's dtype.
-Tensor scale_rows(const Tensor& weight, const Tensor& scale);
-
-// [D]: sum over K of a * b, both [D, K], plus (where given) c * d, both [D]; in dtype.
-Tensor row_products(const Tensor& a, const Tensor& b, const OptionalTensor& c, const OptionalTensor& d,
-                    ScalarType dtype);
+// [D]: the sum over the rows of a * b, both [T, D] in one dtype, in a fixed order, in dtype.
+Tensor sum_products(const Tensor& a, const Tensor& b, ScalarType dtype);
 
 // [D]: the sum of the rows of x [T, D], in a fixed order, in the dtype of x.
 Tensor sum_rows(const Tensor& x);

@@ -80,12 +80,53 @@ struct WideNorm {
   }
 };
 
-// The sums of chunks [C, D], in order, as [D] in dtype.
-Tensor add_chunks(Tensor& chunks, const RowLoops& loops, ScalarType dtype) {
-  const Size cols = cols_of(chunks);
-  Tensor sum = torch::stable::new_zeros(chunks, {cols}, chunks.scalar_type());
-  loops.sum_rows(at(chunks, 0, 0), at(sum, 0, 0), rows_of(chunks), cols);
-  return as_dtype(sum, dtype);
+// A factor for each of the samples that rows belong to, or 1.
+class SampleScale {
+ public:
+  SampleScale(const OptionalTensor& scale, Size rows)
+      : scale_(wide(scale, ScalarType::Double)), tokens_(scale ? rows / std::max<Size>(scale->size(0), 1) : rows) {}
+
+  // Calls use(first, some, factor) for the rows of each sample among `count` from `row` on.
+  template <typename Use>
+  void each(Size row, Size count, Use use) const {
+    if (!scale_) return use(row, count, 1.0);
+    for (const Size end = row + count; row < end;) {
+      const Size sample = row / tokens_, next = std::min(end, (sample + 1) * tokens_);
+      use(row, next - row, static_cast<const double*>(scale_->const_data_ptr())[sample]);
+      row = next;
+    }
+  }
+
+ private:
+  OptionalTensor scale_;
+  Size tokens_;
+};
+
+// Sums [C, D] of chunks of rows, one for each kChunk of them: add(sum, row, count) adds some rows to a sum [D].
+template <typename Add>
+Tensor sum_chunks(const Tensor& beside, Size rows, Size cols, ScalarType of_sums, Add add) {
+  const Size chunks = std::max<Size>((rows + kChunk - 1) / kChunk, 1);
+  Tensor sums = torch::stable::new_zeros(beside, {chunks, cols}, of_sums);
+  for_rows(chunks, kChunk * cols, [&](Size first, Size count) {
+    for (Size chunk = first; chunk < first + count; ++chunk) {
+      const Size row = chunk * kChunk;
+      if (row < rows) add(at(sums, chunk, cols), row, std::min(kChunk, rows - row));
+    }
+  });
+  return sums;
+}
+
+// [D] in dtype: the sum of rows that are sums, chunk by chunk again until one is left, so that no chain of
+// additions is long.
+Tensor add_up(Tensor sums, ScalarType dtype) {
+  const RowLoops& loops = row_loops(sums.scalar_type(), sums.scalar_type());
+  const Size cols = cols_of(sums);
+  while (rows_of(sums) != 1) {
+    sums = sum_chunks(sums, rows_of(sums), cols, sums.scalar_type(), [&](void* sum, Size row, Size count) {
+      loops.sum_rows(at(sums, row, cols), sum, count, cols);
+    });
+  }
+  return as_dtype(torch::stable::view(sums, {cols}), dtype);
 }
 
 }  // namespace
@@ -139,9 +180,8 @@ NormGradients norm_rows_backward(const Tensor& grad, const Tensor& x, const Tens
     }
   });
   NormGradients gradients{dx, {}, {}};
-  const RowLoops& adding = row_loops(of_sums, of_sums);
-  if (needs_weight) gradients.weight = add_chunks(*weight_sums, adding, norm.weight->scalar_type());
-  if (needs_bias) gradients.bias = add_chunks(*bias_sums, adding, norm.bias->scalar_type());
+  if (needs_weight) gradients.weight = add_up(*weight_sums, norm.weight->scalar_type());
+  if (needs_bias) gradients.bias = add_up(*bias_sums, norm.bias->scalar_type());
   return gradients;
 }
 
@@ -179,83 +219,50 @@ Tensor add_scaled(const Tensor& residual, const Tensor& y, const OptionalTensor&
                   const OptionalTensor& sample_scale_) {
   const RowLoops& loops = row_loops(residual.scalar_type(), y.scalar_type());
   const OptionalTensor layer_scale = wide(layer_scale_, statistics_dtype(y.scalar_type()));
-  const OptionalTensor sample_scale = wide(sample_scale_, ScalarType::Double);
   const Size rows = rows_of(y), cols = cols_of(y);
-  const Size samples = sample_scale ? sample_scale->size(0) : 1, tokens = rows / std::max<Size>(samples, 1);
+  const SampleScale factors(sample_scale_, rows);
   Tensor out = empty_beside(y, {rows, cols}, residual.scalar_type());
-  const auto add = [&](Size row, Size count, double factor) {
-    loops.add_scaled(at(residual, row, cols), at(y, row, cols), at(out, row, cols), at(layer_scale, 0, 0), factor,
-                     count, cols);
-  };
   for_rows(rows, cols, [&](Size row, Size count) {
-    if (!sample_scale) return add(row, count, 1.0);
-    for (const Size end = row + count; row < end;) {
-      const Size sample = row / tokens, next = std::min(end, (sample + 1) * tokens);
-      add(row, next - row, static_cast<const double*>(sample_scale->const_data_ptr())[sample]);
-      row = next;
-    }
+    factors.each(row, count, [&](Size first, Size some, double factor) {
+      loops.add_scaled(at(residual, first, cols), at(y, first, cols), at(out, first, cols),
+                       at(layer_scale, 0, 0), factor, some, cols);
+    });
   });
   return out;
 }
 
-Tensor scale_samples(const Tensor& x, const OptionalTensor& sample_scale_, ScalarType dtype) {
-  const Tensor rows_in = as_rows(x);
-  if (!sample_scale_) return as_dtype(rows_in, dtype);
+Tensor scale(const Tensor& x, const OptionalTensor& layer_scale_, const OptionalTensor& sample_scale_,
+             ScalarType dtype) {
+  const Tensor from = as_rows(x);
+  if (!layer_scale_ && !sample_scale_) return as_dtype(from, dtype);
   const RowLoops& loops = row_loops(x.scalar_type(), dtype);
-  const OptionalTensor sample_scale = wide(sample_scale_, ScalarType::Double);
-  const Size rows = rows_of(rows_in), cols = cols_of(rows_in), samples = sample_scale->size(0);
+  const OptionalTensor layer_scale = wide(layer_scale_, statistics_dtype(dtype));
+  const SampleScale factors(sample_scale_, rows_of(from));
+  const Size rows = rows_of(from), cols = cols_of(from);
   Tensor out = empty_beside(x, {rows, cols}, dtype);
-  const Size tokens = rows / std::max<Size>(samples, 1);
-  for_rows(samples, tokens * cols, [&](Size first, Size count) {
-    for (Size sample = first; sample < first + count; ++sample) {
-      loops.scale(at(rows_in, sample * tokens, cols), at(out, sample * tokens, cols),
-                  static_cast<const double*>(sample_scale->const_data_ptr())[sample], tokens * cols);
-    }
-  });
-  return out;
-}
-
-Tensor scale_rows(const Tensor& weight, const Tensor& scale) {
-  const ScalarType dtype = weight.scalar_type();
-  const RowLoops& loops = row_loops(dtype, dtype);
-  const Tensor factors = *wide(scale, statistics_dtype(dtype)), from = torch::stable::contiguous(weight);
-  const Size rows = weight.size(0), cols = weight.dim() == 1 ? 1 : weight.size(1);
-  Tensor out = empty_like_as(weight, dtype);
   for_rows(rows, cols, [&](Size row, Size count) {
-    loops.scale_rows(at(from, row, cols), at(factors, row, 1), at(out, row, cols), count, cols);
+    factors.each(row, count, [&](Size first, Size some, double factor) {
+      loops.scale(at(from, first, cols), at(out, first, cols), at(layer_scale, 0, 0), factor, some, cols);
+    });
   });
   return out;
 }
 
-Tensor row_products(const Tensor& a, const Tensor& b_, const OptionalTensor& c, const OptionalTensor& d,
-                    ScalarType dtype) {
+Tensor sum_products(const Tensor& a_, const Tensor& b_, ScalarType dtype) {
+  const Tensor a = torch::stable::contiguous(a_), b = torch::stable::contiguous(b_);
   const RowLoops& loops = row_loops(a.scalar_type(), a.scalar_type());
-  const ScalarType of_sums = statistics_dtype(a.scalar_type());
-  const Tensor b = torch::stable::contiguous(b_);
   const Size rows = rows_of(a), cols = cols_of(a);
-  Tensor sums = empty_beside(a, {rows}, of_sums);
-  for_rows(rows, cols, [&](Size row, Size count) {
-    loops.row_products(at(a, row, cols), at(b, row, cols), at(sums, row, 1), count, cols);
-  });
-  if (!c) return as_dtype(sums, dtype);
-  const Tensor product = scale_rows(as_dtype(*c, of_sums), *d);
-  const auto as_row = [&](const Tensor& x) { return torch::stable::view(x, {1, rows}); };
-  const Tensor both = add_scaled(as_row(sums), as_row(product), {}, {});
-  return as_dtype(torch::stable::view(both, {rows}), dtype);
+  const auto add = [&](void* sum, Size row, Size count) {
+    loops.sum_products(at(a, row, cols), at(b, row, cols), sum, count, cols);
+  };
+  return add_up(sum_chunks(a, rows, cols, statistics_dtype(a.scalar_type()), add), dtype);
 }
 
 Tensor sum_rows(const Tensor& x) {
-  const ScalarType dtype = x.scalar_type(), of_sums = statistics_dtype(dtype);
-  const RowLoops& loops = row_loops(dtype, dtype);
-  const Size rows = rows_of(x), cols = cols_of(x), chunks = (rows + kChunk - 1) / kChunk;
-  Tensor sums = torch::stable::new_zeros(x, {chunks, cols}, of_sums);
-  for_rows(chunks, kChunk * cols, [&](Size first, Size count) {
-    for (Size chunk = first; chunk < first + count; ++chunk) {
-      const Size row = chunk * kChunk;
-      loops.sum_rows(at(x, row, cols), at(sums, chunk, cols), std::min(kChunk, rows - row), cols);
-    }
-  });
-  return add_chunks(sums, row_loops(of_sums, of_sums), dtype);
+  const RowLoops& loops = row_loops(x.scalar_type(), x.scalar_type());
+  const Size rows = rows_of(x), cols = cols_of(x);
+  const auto add = [&](void* sum, Size row, Size count) { loops.sum_rows(at(x, row, cols), sum, count, cols); };
+  return add_up(sum_chunks(x, rows, cols, statistics_dtype(x.scalar_type()), add), x.scalar_type());
 }
 
 Tensor transpose_rows(const Tensor& x) {

@@ -39,62 +39,43 @@ __global__ void __launch_bounds__(kElementThreads) add_scaled_kernel(AddScaled<R
   store<kWidth>(a.out + index * kWidth, sum);
 }
 
-// Rows times a factor of each, or of each sample_rows rows; float scales of samples, the rows' or float of rows.
+// Rows times a factor of each column, and of each sample.
 template <int kWidth, typename In, typename Out, typename Parameter>
 __global__ void __launch_bounds__(kElementThreads)
-    scale_kernel(const In* x, const Parameter* scale, Out* out, std::int64_t rows, std::int64_t columns,
-                 std::int64_t sample_rows) {
+    scale_kernel(const In* x, const Parameter* layer_scale, const float* sample_scale, Out* out, std::int64_t rows,
+                 std::int64_t columns, std::int64_t sample_rows) {
   const std::int64_t index = thread_index(), per_row = columns / kWidth;
   if (index >= rows * per_row) return;
-  const std::int64_t row = place_of(index, per_row).row;
-  const float factor = to_float(scale[sample_rows > 1 ? place_of(row, sample_rows).row : row]);
+  const Place place = place_of(index, per_row);
+  const float sample = sample_scale != nullptr ? sample_scale[place_of(place.row, sample_rows).row] : 1.0f;
+  float scale[kWidth];
+  load_or<kWidth>(layer_scale, place.column * kWidth, 1.0f, scale);
   const Vector<In, kWidth> in = load<kWidth>(x + index * kWidth);
   Vector<Out, kWidth> scaled;
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) scaled.at[j] = from_float<Out>(factor * to_float(in.at[j]));
+  for (int j = 0; j < kWidth; ++j) scaled.at[j] = from_float<Out>(scale[j] * to_float(in.at[j]) * sample);
   store<kWidth>(out + index * kWidth, scaled);
 }
 
-// A warp a row: the sum of a * b, and c * d of that row.
-template <int kWidth, typename T, typename Out>
-__global__ void __launch_bounds__(kThreads)
-    row_products_kernel(const T* a, const T* b, const T* c, const T* d, Out* out, std::int64_t rows,
-                        std::int64_t columns) {
-  const std::int64_t row = first_row();
-  if (row >= rows) return;
-  float sum = 0.0f;
-  each_vector<0, kWidth>(columns, [&](int, std::int64_t column) {
+// a * b, summed over rows.
+template <typename T>
+struct ProductTerm {
+  const T *a, *b;
+  std::int64_t columns;
+
+  template <int kWidth>
+  __device__ __forceinline__ void add(std::int64_t row, std::int64_t column, float (&sums)[kWidth]) const {
     const Vector<T, kWidth> left = load<kWidth>(a + row * columns + column);
     const Vector<T, kWidth> right = load<kWidth>(b + row * columns + column);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += to_float(left.at[j]) * to_float(right.at[j]);
-  });
-  sum = warp_sum(sum);
-  if (threadIdx.x % kLanes != 0) return;
-  if (c != nullptr) sum += to_float(c[row]) * to_float(d[row]);
-  out[row] = from_float<Out>(sum);
-}
+    for (int j = 0; j < kWidth; ++j) sums[j] += to_float(left.at[j]) * to_float(right.at[j]);
+  }
+};
 
 template <int kWidth, typename Residual, typename Y, typename Parameter>
 void launch_add_scaled(const AddScaled<Residual, Y, Parameter>& a, const Tensor& beside) {
   launch("add_scaled_kernel", add_scaled_kernel<kWidth, Residual, Y, Parameter>,
          element_blocks<kWidth>(a.rows, a.columns), kElementThreads, beside, a);
-}
-
-template <typename In, typename Out, typename Parameter>
-void scale(const Tensor& x, const Tensor& factors, const Tensor& out, std::int64_t rows, std::int64_t columns,
-           std::int64_t sample_rows) {
-  constexpr int kWidth = kFullWidth<In, Out>;
-  const In* from = data_of<In>(x);
-  const Parameter* scales = data_of<Parameter>(factors);
-  Out* to = output_of<Out>(out);
-  if (vectors_fit<kWidth>(columns, from, to)) {
-    launch("scale_kernel", scale_kernel<kWidth, In, Out, Parameter>, element_blocks<kWidth>(rows, columns),
-           kElementThreads, x, from, scales, to, rows, columns, sample_rows);
-  } else {
-    launch("scale_kernel", scale_kernel<1, In, Out, Parameter>, element_blocks<1>(rows, columns),
-           kElementThreads, x, from, scales, to, rows, columns, sample_rows);
-  }
 }
 
 }  // namespace
@@ -126,55 +107,50 @@ Tensor add_scaled(const Tensor& residual, const Tensor& y, const OptionalTensor&
   return out;
 }
 
-Tensor scale_samples(const Tensor& x, const OptionalTensor& sample_scale, ScalarType dtype) {
+Tensor scale(const Tensor& x, const OptionalTensor& layer_scale, const OptionalTensor& sample_scale,
+             ScalarType dtype) {
   const Tensor rows = as_rows(x);
-  if (!sample_scale) return as_dtype(rows, dtype);
+  if (!layer_scale && !sample_scale) return as_dtype(rows, dtype);
   const Tensor in = rows.scalar_type() == ScalarType::Float ? rows : as_dtype(rows, dtype);
   const Tensor out = empty_like_as(in, dtype);
   if (in.size(0) == 0) return out;
-  const Tensor factors = *parameter(sample_scale, ScalarType::Float);
+  const OptionalTensor layer = parameter(layer_scale, in.scalar_type());
+  const OptionalTensor sample = parameter(sample_scale, ScalarType::Float);
+  const std::int64_t count = in.size(0), columns = in.size(1);
+  const std::int64_t sample_rows = sample ? count / sample->size(0) : 1;
   with_types(in.scalar_type(), dtype, [&](auto in_type, auto out_type) {
-    scale<typename decltype(in_type)::type, typename decltype(out_type)::type, float>(
-        in, factors, out, in.size(0), in.size(1), in.size(0) / factors.size(0));
-  });
-  return out;
-}
-
-Tensor scale_rows(const Tensor& weight, const Tensor& scale_of_rows) {
-  const Tensor in = packed(weight);
-  const OptionalTensor factors = parameter(OptionalTensor(scale_of_rows), in.scalar_type());
-  const Tensor out = empty_like_as(in, in.scalar_type());
-  with_type(in.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    with_parameter<T>(factors, [&](auto factor_type) {
-      scale<T, T, typename decltype(factor_type)::type>(in, *factors, out, in.size(0),
-                                                        in.dim() == 1 ? 1 : in.size(1), 1);
+    using In = typename decltype(in_type)::type;
+    using Out = typename decltype(out_type)::type;
+    with_parameter<In>(layer, [&](auto type) {
+      using Parameter = typename decltype(type)::type;
+      constexpr int kWidth = kFullWidth<In, Out>;
+      const In* from = data_of<In>(in);
+      const Parameter* scales = data_of<Parameter>(layer);
+      Out* to = output_of<Out>(out);
+      const bool full = vectors_fit<kWidth>(columns, from, scales, to);
+      launch("scale_kernel",
+             full ? scale_kernel<kWidth, In, Out, Parameter> : scale_kernel<1, In, Out, Parameter>,
+             full ? element_blocks<kWidth>(count, columns) : element_blocks<1>(count, columns), kElementThreads, x,
+             from, scales, data_of<float>(sample), to, count, columns, sample_rows);
     });
   });
   return out;
 }
 
-Tensor row_products(const Tensor& a, const Tensor& b, const OptionalTensor& c, const OptionalTensor& d,
-                    ScalarType dtype) {
-  const ScalarType common = a.scalar_type();
-  const auto alike = [&](const Tensor& x) { return packed(as_dtype(x, common)); };
-  const Tensor left = packed(a), right = alike(b);
-  const OptionalTensor third = c ? OptionalTensor(alike(*c)) : c, fourth = d ? OptionalTensor(alike(*d)) : d;
+Tensor sum_products(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  const Tensor left = packed(a), right = packed(as_dtype(b, a.scalar_type()));
   const std::int64_t rows = left.size(0), columns = left.size(1);
-  const Tensor out = empty_beside(a, {rows}, dtype == common ? dtype : ScalarType::Float);
-  with_type(common, [&](auto type) {
+  Tensor sums;
+  with_type(left.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    with_parameter<T>(OptionalTensor(out), [&](auto out_type) {
-      using Out = typename decltype(out_type)::type;
-      const T *x = data_of<T>(left), *y = data_of<T>(right);
-      const bool full = vectors_fit<kFullWidth<T>>(columns, x, y);
-      launch("row_products_kernel",
-             full ? row_products_kernel<kFullWidth<T>, T, Out> : row_products_kernel<1, T, Out>,
-             ceil_div(rows, kWarps), kThreads, a, x, y, data_of<T>(third), data_of<T>(fourth),
-             output_of<Out>(out), rows, columns);
-    });
+    const ProductTerm<T> term{data_of<T>(left), data_of<T>(right), columns};
+    if (vectors_fit<kFullWidth<T>>(columns, term.a, term.b)) {
+      sums = sum_columns<kFullWidth<T>>(term, left, rows, columns, dtype);
+    } else {
+      sums = sum_columns<1>(term, left, rows, columns, dtype);
+    }
   });
-  return as_dtype(out, dtype);
+  return sums;
 }
 
 Tensor sum_rows(const Tensor& x) {

@@ -100,7 +100,8 @@ def why_no_ops(device: str) -> ExtensionMismatch | ExtensionNotBuilt | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        text = str(error).replace(f"{FOLDER}/", "").splitlines()[0]
+        # torch's own text names the file alone; the loader's is behind it.
+        text = str(error.__cause__ or error).replace(f"{FOLDER}/", "").splitlines()[0]
         return ExtensionMismatch(f"{path.name} does not load here, beside torch {torch.__version__}: {text}")
     return None
 

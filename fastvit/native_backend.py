@@ -7,7 +7,7 @@ metadata only, and the library is loaded by the first call that could use it.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,9 +171,13 @@ def _no_device(device: str) -> str | None:
     return _too_old(torch.device("cuda"))
 
 
-@cache
 def _too_old(device: torch.device) -> str | None:
-    """Whether the library holds code that this GPU runs: its own, or that of a lower minor version."""
+    """Why the library holds no code that this GPU runs: its own, or that of a lower minor version."""
+    return _no_code(device)
+
+
+@cache
+def _no_code(device: torch.device) -> str | None:
     facts = torch.cuda.get_device_properties(device)
     archs = extension.cuda_archs()
     if any(_runs(arch, facts.major, facts.minor) for arch in archs):
@@ -187,19 +191,19 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     return number // 10 == major and (number % 10 == minor if arch.endswith("a") else number % 10 <= minor)
 
 
-@cache
 def machine_name(device: str) -> str:
     """What measurements are of: a GPU by its name, a CPU by the instructions that decide."""
+    return _machine_name(device)
+
+
+@cache
+def _machine_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CUDA GPU"
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}{' and bfloat16' if bf16 else ''}"
 
 
-def _backend_constants(*functions: Any) -> None:
-    """What torch.compiler.assume_constant_result sets, whose import is the whole compiler's."""
-    for function in functions:
-        function._dynamo_marked_constant = True
-
-
-_backend_constants(_loads, _no_device, _too_old, machine_name)
+# What torch.compiler.assume_constant_result sets, whose import is the whole compiler's; it sees through caches.
+for _constant in (_loads, _no_device, _too_old, machine_name):
+    _constant._dynamo_marked_constant = True

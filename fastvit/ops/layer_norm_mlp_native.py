@@ -3,7 +3,8 @@
     fastvit::layer_norm_mlp_fwd(x, ..., keep, save) -> out [B, N, D], and with ``save`` what backward needs
     fastvit::layer_norm_mlp_bwd(grad, x, saved, ..., needs) -> the gradients that are needed, in order
 
-Saved are the norms' statistics and what entered the activation; all else is computed again.
+Saved are the norms' statistics, what entered the activation and, beside LayerScale, fc2's output; all else is
+computed again.
 """
 
 from typing import NamedTuple
@@ -17,6 +18,10 @@ from . import native, registration
 
 INPUTS = f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, {native.MLP_WEIGHTS}"
 OPTIONS = "float eps, str activation, str norm"
+
+
+# Biases that their products have taken in.
+NOT_READ = ("fc1_bias", "fc2_bias", "gate_bias")
 
 
 class Inputs(NamedTuple):
@@ -58,25 +63,22 @@ class _LayerNormMlp(Function):
         inputs = Inputs(*tensors)
         dtype = inputs.fc1_weight.dtype
         out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, True)
-        kept = inputs._replace(fc1_bias=None, gate_bias=None)
-        ctx.save_for_backward(
-            *(kept if inputs.layer_scale is not None else kept._replace(fc2_bias=None)), *saved
-        )
+        ctx.save_for_backward(*inputs._replace(fc1_bias=None, gate_bias=None, fc2_bias=None), *saved)
         ctx.options = (eps, activation, norm)
         return out
 
     @staticmethod
     @registration.once_differentiable
     def backward(ctx, grad):
-        count = len(Inputs._fields)
-        inputs, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        count, kept = len(Inputs._fields), ctx.saved_tensors  # once: a checkpoint gives them once
+        inputs, saved = Inputs(*kept[:count]), kept[count:]
         needs = ctx.needs_input_grad[3 : 3 + count - 1]
         given = iter(registration.call(_bwd, grad, saved, *_read_by_bwd(inputs), *ctx.options, needs))
         return None, None, None, *[next(given) if needed else None for needed in needs], None
 
 
 def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
-    return [tensor for name, tensor in inputs._asdict().items() if name not in ("fc1_bias", "gate_bias")]
+    return [tensor for name, tensor in inputs._asdict().items() if name not in NOT_READ]
 
 
 def _fwd_kernels(*arguments):
@@ -103,7 +105,7 @@ def _fwd_shapes(*arguments):
     saved += [x.new_empty((rows, weight.shape[0]), dtype=dtype) for weight in products]
     if inputs.inner_norm_weight is not None:
         saved += native.statistics_shapes(x, rows, norm, dtype)
-    return out, saved
+    return out, saved + native.product_shapes(x, inputs.layer_scale, dtype)
 
 
 def _fwd_autograd(*arguments):
@@ -121,7 +123,7 @@ def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
     )
 
 
-def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, gate_weight, *rest):
+def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, gate_weight, *rest):
     inner_norm_weight, inner_norm_bias, layer_scale, _, _, _, _, needs = rest
     gate_bias = None if gate_weight is None else gate_weight[:, 0]
     products = (fc1_weight, fc1_weight[:, 0], fc2_weight, fc2_weight[:, 0], gate_weight, gate_bias)

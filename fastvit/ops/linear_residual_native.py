@@ -23,68 +23,68 @@ def linear_residual(
     if needs_gradient(x, weight, bias, residual, layer_scale):
         cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
         return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
-    return registration.call(_fwd, x, weight, bias, residual, layer_scale, sample_scale, dtype, True)
+    inputs = (x, weight, bias, residual, layer_scale, sample_scale)
+    return registration.call(_fwd, *inputs, dtype, True, False)[0]
 
 
 class _LinearResidual(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, layer_scale, sample_scale):
-        ctx.save_for_backward(x, weight, bias if layer_scale is not None else None, layer_scale, sample_scale)
-        return registration.call(
-            _fwd, x, weight, bias, residual, layer_scale, sample_scale, weight.dtype, False
-        )
+        inputs = (x, weight, bias, residual, layer_scale, sample_scale)
+        out, saved = registration.call(_fwd, *inputs, weight.dtype, False, True)
+        ctx.save_for_backward(x, weight, layer_scale, sample_scale, *saved)
+        return out
 
     @staticmethod
     @registration.once_differentiable
     def backward(ctx, grad):
-        x, weight, bias, layer_scale, sample_scale = ctx.saved_tensors
+        x, weight, layer_scale, sample_scale, *saved = ctx.saved_tensors
         x_needed, weight_needed, bias_needed, residual_needed, scale_needed, _ = ctx.needs_input_grad
         needs = (x_needed, weight_needed, bias_needed, scale_needed)
-        given = iter(
-            registration.call(_bwd, grad, x, weight, bias, layer_scale, sample_scale, needs)
-            if any(needs)
-            else ()
-        )
+        inputs = (grad, x, saved, weight, layer_scale, sample_scale, needs)
+        given = iter(registration.call(_bwd, *inputs) if any(needs) else ())
         dx, dweight, dbias, dscale = (next(given) if needed else None for needed in needs)
         return dx, dweight, dbias, grad if residual_needed else None, dscale, None
 
 
-def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep):
+def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, save):
     weight, bias, layer_scale = native.weights(x, weight, bias, layer_scale, dtype, keep)
-    tf32 = native.allows_tf32(x)
-    return native.ops.linear_residual_fwd(x, weight, bias, residual, layer_scale, sample_scale, tf32)[0]
-
-
-def _fwd_shapes(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep):
-    return residual.new_empty(residual.shape)
-
-
-def _fwd_autograd(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep):
-    inputs = (x, weight, bias, residual, layer_scale, sample_scale)
-    if needs_gradient(*inputs):
-        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
-    return registration.below_autograd(_fwd, *inputs, dtype, keep)
-
-
-def _bwd_kernels(grad, x, weight, bias, layer_scale, sample_scale, needs):
-    return native.ops.linear_residual_bwd(
-        *(grad, x, weight, bias, layer_scale, sample_scale), native.bits(needs), native.allows_tf32(x)
+    return native.ops.linear_residual_fwd(
+        *(x, weight, bias, residual, layer_scale, sample_scale), save, native.allows_tf32(x)
     )
 
 
-def _bwd_shapes(grad, x, weight, bias, layer_scale, sample_scale, needs):
+def _fwd_shapes(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, save):
+    out = residual.new_empty(residual.shape)
+    return out, native.product_shapes(residual, layer_scale, dtype) if save else []
+
+
+def _fwd_autograd(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, save):
+    inputs = (x, weight, bias, residual, layer_scale, sample_scale)
+    if needs_gradient(*inputs):
+        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale), []
+    return registration.below_autograd(_fwd, *inputs, dtype, keep, save)
+
+
+def _bwd_kernels(grad, x, saved, weight, layer_scale, sample_scale, needs):
+    return native.ops.linear_residual_bwd(
+        *(grad, x, saved, weight, layer_scale, sample_scale), native.bits(needs), native.allows_tf32(x)
+    )
+
+
+def _bwd_shapes(grad, x, saved, weight, layer_scale, sample_scale, needs):
     return native.gradient_shapes((x, weight, weight[:, 0], layer_scale), needs)
 
 
 _fwd = registration.register(
-    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool keep) -> Tensor",
+    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool keep, bool save) -> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,
 )
 _bwd = registration.register(
-    "linear_residual_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, "
+    "linear_residual_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor weight, Tensor? layer_scale, "
     "Tensor? sample_scale, bool[4] needs) -> Tensor[]",
     _bwd_kernels,
     _bwd_shapes,

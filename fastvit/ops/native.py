@@ -22,7 +22,7 @@ MLP_WEIGHTS = (
     "Tensor? sample_scale"
 )
 MLP_SAVED_WEIGHTS = (
-    "Tensor fc1_weight, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, Tensor? inner_norm_weight, "
+    "Tensor fc1_weight, Tensor fc2_weight, Tensor? gate_weight, Tensor? inner_norm_weight, "
     "Tensor? inner_norm_bias, Tensor? layer_scale, Tensor? sample_scale"
 )
 SCHEMAS = (
@@ -31,8 +31,8 @@ SCHEMAS = (
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
-    "Tensor? sample_scale, bool tf32) -> (Tensor, Tensor[])",
-    "linear_residual_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, "
+    "Tensor? sample_scale, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "linear_residual_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor weight, Tensor? layer_scale, "
     "Tensor? sample_scale, int needs, bool tf32) -> Tensor[]",
     f"layer_norm_mlp_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, {MLP_WEIGHTS}, float eps, "
     "str activation, str norm, bool save, bool tf32) -> (Tensor, Tensor[])",
@@ -94,6 +94,13 @@ def statistics_shapes(x: Tensor, rows: int, norm: str, dtype: torch.dtype) -> li
     of_statistics = torch.float64 if dtype == torch.float64 else torch.float32
     sizes = (0 if norm == "rms_norm" else rows, rows)
     return [x.new_empty((size,), dtype=of_statistics) for size in sizes]
+
+
+def product_shapes(stream: Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """What LayerScale's gradient needs, without data: the product's rows as wide as the stream [B, N, D]."""
+    if layer_scale is None:
+        return []
+    return [stream.new_empty((stream.shape[0] * stream.shape[1], stream.shape[2]), dtype=dtype)]
 
 
 def gradient_shapes(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
