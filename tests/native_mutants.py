@@ -30,11 +30,10 @@ _OWN_STATISTICS = "at(rstd, row, 1), how.arrays, at(beside"
 _ADDED = "from(residual), from(dense(weight)), from(dense(bias))"
 _BIAS_ROWS = "product(torch::stable::new_zeros(x, {x.size(0), x.size(1)}, x.scalar_type()), weight, bias)"
 _HALVES = "torch::stable::narrow(both, 1, {}, half), torch::stable::narrow(both, 1, {}, half)"
-_SCALED_WEIGHT = "layer_scale ? scale_rows(weight, *layer_scale) : weight"
 _VALUE_AND_GATE = "Function::value(widen(gate[i])) * widen(value[i])"
-_SUMMED = """const Out* x = static_cast<const Out*>(x_) + row * cols;
-      FASTVIT_SIMD
-      for (Size i = 0; i < cols; ++i) sum[i] """
+_LAST_ROWS = (
+    "for (; row < rows; ++row) {\n      FASTVIT_SIMD\n      for (Size i = 0; i < cols; ++i) sum[i] += term"
+)
 
 _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "row_norm.h": [
@@ -73,17 +72,22 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "mlp, swiglu",
         ),
         ("slope of the gate dropped", "g * v * slope", "g * v", "dmlp, swiglu"),
-        ("last row of a sum dropped", _SUMMED, f"if (row + 1 == rows) continue;\n{_SUMMED}", "dlinear"),
+        ("last row of a sum dropped", _LAST_ROWS, _LAST_ROWS.replace("< rows", "< rows - 1"), "dlinear"),
+        ("third row of a sum dropped", "(term(row + 2, i) + term", "(term", "dlinear"),
         ("last row of a tile dropped", "j0 + tile : rows;", "j0 + tile : rows - 1;", "dlinear"),
-        ("a product of rows that forgets", "sum += widen(a[i])", "sum = widen(a[i])", "dresidual"),
+        ("one factor of a product of rows", "widen(a[row * cols + i]) *", "", "dresidual"),
+        (
+            "LayerScale of gradients dropped",
+            "scale ? scale[i] * widen(x[i]) :",
+            "false ? Wide(0) :",
+            "dresidual",
+        ),
     ],
     "rows_cpu.cpp": [
-        ("last chunk of a sum dropped", "rows_of(chunks), cols)", "rows_of(chunks) - 1, cols)", "dlinear"),
+        ("last chunk of a sum dropped", "if (row < rows) add(", "if (row + kChunk < rows) add(", "dlinear"),
         ("statistics of the first rows", _OWN_STATISTICS, _OWN_STATISTICS.replace("row", "0", 1), "dlinear"),
         ("sample_scale of another sample", "[sample]);\n      row", "[0]);\n      row", "residual, scaled"),
-        ("sample_scale of another gradient", "[sample], tokens", "[0], tokens", "dresidual"),
         ("halves of the gradient swapped", "if (packed) dv +=", "if (packed) dg +=", "dmlp, swiglu"),
-        ("bias of LayerScale's gradient dropped", "if (!c) return", "if (true) return", "dresidual"),
     ],
     "products_cpu.cpp": [
         (
@@ -97,25 +101,20 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("relu for silu", '"swish"', '"relu"', "mlp, silu"),
     ],
     "branch.h": [
-        ("LayerScale of x's gradient dropped", _SCALED_WEIGHT, "weight", "dresidual"),
-        ("LayerScale of the weight's dropped", "? scale_rows(g, *layer_scale) : g", "? g : g", "dresidual"),
+        ("LayerScale of gradients dropped", "scale(scaled, layer_scale,", "scale(scaled, {},", "dresidual"),
         (
-            "LayerScale dropped",
-            "tf32), layer_scale, sample_scale",
-            "tf32), {}, sample_scale",
-            "residual, scaled",
+            "sample_scale of gradients dropped",
+            "scale(grad, {}, sample_scale",
+            "scale(grad, {}, {}",
+            "dresidual",
         ),
+        ("LayerScale dropped", "product, layer_scale, sample", "product, {}, sample", "residual, scaled"),
     ],
     "layer_norm_linear.cpp": [
         ("rows not normalised again", "needs_weight ? renorm_rows", "false ? renorm_rows", "dlinear"),
     ],
     "linear_residual.cpp": [
-        (
-            "sample_scale of gradients dropped",
-            "scale_samples(grad, sample_scale",
-            "scale_samples(grad, {}",
-            "dresidual",
-        ),
+        ("product of another", "saved[0]) : std::nullopt", "x) : std::nullopt", "dresidual"),
     ],
     "layer_norm_mlp.cpp": [
         ("gate and value swapped", _HALVES.format("half", 0), _HALVES.format(0, "half"), "mlp, swiglu"),
@@ -137,7 +136,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "slope = phi",
             "dmlp bf16",
         ),
-        ("slope of silu's sigmoid dropped", "slope = s + k * y * (T(1) - s)", "slope = s", "dmlp, silu"),
+        ("slope of silu's sigmoid dropped", "slope = s + y * (T(1) - s) * k", "slope = s", "dmlp, silu"),
         ("1.7 for 1.702", "T(1.702)", "T(1.7)", "mlp, quick_gelu"),
         ("a three of gelu_tanh's slope dropped", "T(3) * c", "c", "dmlp, gelu_tanh"),
         ("a digit of gelu_tanh", "T(0.044715)", "T(0.0447)", "mlp, gelu_tanh"),

@@ -44,10 +44,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(extension, "why_no_ops", lambda device: None)
     monkeypatch.setattr(extension, "cuda_archs", lambda: facts.archs)
     monkeypatch.setattr(native_backend, "machine_name", lambda device: H100)
-    native_backend._too_old.cache_clear()
+    native_backend._no_code.cache_clear()
     with FakeTensorMode():
         yield facts
-    native_backend._too_old.cache_clear()
+    native_backend._no_code.cache_clear()
 
 
 def call(op, dtype=torch.float32, device="cpu", **options):
@@ -100,7 +100,7 @@ def test_a_broken_library_gives_the_loaders_text(folder, content):
     (folder / "_fastvit_cpu.so").write_bytes(content)
     reason = refused(LINEAR, call(LINEAR))
     assert reason.startswith(f"_fastvit_cpu.so does not load here, beside torch {torch.__version__}: ")
-    assert "file too short" in reason or "invalid ELF header" in reason
+    assert any(text in reason for text in ("file too short", "invalid ELF header", "wrong ELF class"))
 
 
 def test_an_undefined_symbol_gives_the_loaders_text(folder):
