@@ -51,8 +51,6 @@ T* output_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // The activation of rows, written over them.
 void activate_in_place(const Tensor& rows, Activation activation);
 

@@ -23,11 +23,11 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, N> ar
 // oneDNN takes rows or columns of a weight one after the other, and of a bias no strides.
 Tensor dense(const Tensor& weight) {
   if (weight.layout() != torch::headeronly::Layout::Strided) return weight;
-  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
+  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : packed(weight);
 }
 
 OptionalTensor dense(const OptionalTensor& bias) {
-  return bias ? OptionalTensor(torch::stable::contiguous(*bias)) : bias;
+  return bias ? OptionalTensor(packed(*bias)) : bias;
 }
 
 // x weight^T + bias, then oneDNN's `post`: "none", "gelu" (of which `form` is "none" for erf, or "tanh"), ...

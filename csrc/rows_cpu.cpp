@@ -64,7 +64,7 @@ void for_rows(Size rows, Size cols, Function function) {
 
 OptionalTensor wide(const OptionalTensor& x, ScalarType dtype) {
   if (!x) return x;
-  return torch::stable::contiguous(as_dtype(*x, dtype));
+  return packed(as_dtype(*x, dtype));
 }
 
 // A norm's vectors as the loops read them, kept alive here.
@@ -126,7 +126,7 @@ Tensor add_up(Tensor sums, ScalarType dtype) {
       loops.sum_rows(at(sums, row, cols), sum, count, cols);
     });
   }
-  return as_dtype(torch::stable::view(sums, {cols}), dtype);
+  return as_dtype(viewed(sums, {cols}), dtype);
 }
 
 }  // namespace
@@ -249,7 +249,7 @@ Tensor scale(const Tensor& x, const OptionalTensor& layer_scale_, const Optional
 }
 
 Tensor sum_products(const Tensor& a_, const Tensor& b_, ScalarType dtype) {
-  const Tensor a = torch::stable::contiguous(a_), b = torch::stable::contiguous(b_);
+  const Tensor a = packed(a_), b = packed(b_);
   const RowLoops& loops = row_loops(a.scalar_type(), a.scalar_type());
   const Size rows = rows_of(a), cols = cols_of(a);
   const auto add = [&](void* sum, Size row, Size count) {

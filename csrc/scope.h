@@ -29,10 +29,9 @@ class Scope {
 
 // rows [T, D] as [..., D], the leading sizes being those of x.
 inline Tensor shaped_like(const Tensor& x, const Tensor& rows) {
-  const auto size = x.sizes();
-  std::vector<std::int64_t> sizes(size.begin(), size.end());
+  Sizes sizes = sizes_of(x);
   sizes.back() = rows.size(1);
-  return torch::stable::view(rows, sizes);
+  return viewed(rows, sizes);
 }
 
 }  // namespace fastvit

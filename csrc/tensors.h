@@ -18,21 +18,52 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An uninitialised tensor on the device of another.
-inline Tensor empty_beside(const Tensor& other, std::initializer_list<std::int64_t> size, ScalarType dtype) {
-  const std::vector<std::int64_t> sizes(size);
-  return torch::stable::new_empty(other, sizes, dtype);
+using Sizes = std::vector<std::int64_t>;
+
+inline Sizes sizes_of(const Tensor& x) {
+  const auto size = x.sizes();
+  return Sizes(size.begin(), size.end());
+}
+
+// Of rows without gaps.
+inline Sizes strides_for(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (std::size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  return strides;
+}
+
+// An uninitialised tensor on the device of another. By torch's C functions, here and below: a call through its
+// dispatcher by name takes as long as a small kernel.
+inline Tensor empty_beside(const Tensor& other, const Sizes& sizes, ScalarType dtype) {
+  std::int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(other.get(), &index));
+  const auto code = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::int64_t(sizes.size()), sizes.data(),
+                                                  strides_for(sizes).data(), code, type, index, &made));
+  return Tensor(made);
 }
 
 inline Tensor empty_like_as(const Tensor& other, ScalarType dtype) {
-  const auto size = other.sizes();
-  const std::vector<std::int64_t> sizes(size.begin(), size.end());
-  return torch::stable::new_empty(other, sizes, dtype);
+  return empty_beside(other, sizes_of(other), dtype);
 }
 
-// Contiguous rows [T, D] of a contiguous [..., D]: a view where the tensor allows one, else one copy.
+// The numbers of a contiguous tensor in other sizes.
+inline Tensor viewed(const Tensor& x, const Sizes& sizes) {
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), std::int64_t(sizes.size()), sizes.data(),
+                                                        strides_for(sizes).data(), x.storage_offset(), &view));
+  return Tensor(view);
+}
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// Contiguous rows [T, D] of [..., D]: a view where the tensor is contiguous, else one copy.
 inline Tensor as_rows(const Tensor& x) {
-  return torch::stable::reshape(torch::stable::contiguous(x), {-1, x.size(x.dim() - 1)});
+  const Tensor dense = packed(x);
+  const std::int64_t cols = x.size(x.dim() - 1);
+  return x.dim() == 2 ? dense : viewed(dense, {cols == 0 ? 0 : x.numel() / cols, cols});
 }
 
 inline Tensor as_dtype(const Tensor& x, ScalarType dtype) {

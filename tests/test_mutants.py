@@ -18,6 +18,13 @@ from fastvit.regimes import OPS
 NUMBERS = count()
 
 
+# What the ops stand on.
+MODULES = (
+    *("backends.py", "call_facts.py", "derived.py", "errors.py", "extension.py", "measurements.py"),
+    *("native_backend.py", "triton_backend.py"),
+)
+
+
 def mutated_ops(mutant: Mutant, folder: Path) -> ModuleType:
     """fastvit.ops, imported anew from a copy of the source that has the fault in it.
 
@@ -28,7 +35,7 @@ def mutated_ops(mutant: Mutant, folder: Path) -> ModuleType:
     home, package = Path(fastvit.__file__).parent, folder / f"fastvit_mutant_{next(NUMBERS)}"
     for part in ("ops", "reference"):
         shutil.copytree(home / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("backends.py", "errors.py", "derived.py", "measurements.py", "triton_backend.py"):
+    for module in MODULES:
         shutil.copy(home / module, package)
     (package / "__init__.py").touch()
     path = package / mutant.file

@@ -10,6 +10,8 @@ from torch.library import Library
 
 NAMESPACE = __name__.partition(".")[0]
 _library = Library(NAMESPACE, "FRAGMENT")
+_kernels: dict[Any, Callable] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def register(schema: str, kernels: Callable, shapes: Callable, autograd: Callable | None = None) -> Any:
@@ -27,12 +29,26 @@ def register(schema: str, kernels: Callable, shapes: Callable, autograd: Callabl
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _kernels[op] = kernels
+    return op
 
 
 def call(op: Any, *args: Any) -> Any:
-    """The op, whose gradients the caller sees to: in eager mode past its entry for them, which is Python."""
-    return op(*args) if torch.compiler.is_compiling() else below_autograd(op, *args)
+    """The op, whose gradients the caller sees to: in eager mode past its entry for them, which is Python.
+
+    And past the dispatcher too, where nobody is watching: it takes as long as some kernels do.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    return below_autograd(op if _is_watched(args) else _kernels[op], *args)
+
+
+def _is_watched(args: tuple) -> bool:
+    """Whether a mode, a tracer or a tensor of another type is to see the op itself."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN for arg in args)
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
