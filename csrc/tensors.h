@@ -52,8 +52,9 @@ inline Tensor empty_like_as(const Tensor& other, ScalarType dtype) {
 // The numbers of a contiguous tensor in other sizes.
 inline Tensor viewed(const Tensor& x, const Sizes& sizes) {
   AtenTensorHandle view = nullptr;
+  constexpr std::int64_t further = 0;  // from where x begins
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), std::int64_t(sizes.size()), sizes.data(),
-                                                        strides_for(sizes).data(), x.storage_offset(), &view));
+                                                        strides_for(sizes).data(), further, &view));
   return Tensor(view);
 }
 

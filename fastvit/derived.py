@@ -7,18 +7,18 @@ which everything is derived anew; and edits through `.data`, after which ``refre
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-_kept: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # first source -> {name: (sources as they were, value)}
+# id of the first source -> a weak reference that drops this entry, and {name: (sources as they were, value)}
+_kept: dict[int, tuple[weakref.ref, dict[Hashable, tuple[list["_State"], Any]]]] = {}
 _lock = threading.Lock()
 _hook = None
 
@@ -41,17 +41,34 @@ def kept(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[[],
     """What ``derived`` gives, but None, and nothing computed, where it could not be kept."""
     if not _keepable(sources):
         return None
-    entry = _kept.get(sources[0], {}).get(name)
-    if entry is not None and all(
-        state.is_of(source) for state, source in zip(entry[0], sources, strict=True)
-    ):
+    first = sources[0]
+    owner, entries = _kept.get(id(first), (None, {}))
+    entry = entries.get(name) if owner is not None and owner() is first else None
+    if entry is not None and _are(entry[0], sources):
         return entry[1]
-    states = [None if source is None else _State(source) for source in sources]
+    states = list(map(_State, sources))
     value = compute()
     with _lock:
         _watch_optimizers()
-        _kept.setdefault(sources[0], {})[name] = ([state or _ABSENT for state in states], value)
+        if owner is None or owner() is not first:
+            owner, entries = weakref.ref(first, partial(_forget, id(first))), {}
+            _kept[id(first)] = owner, entries
+        entries[name] = states, value
     return value
+
+
+def _are(states: list["_State"], sources: Sequence[Tensor | None]) -> bool:
+    return all(map(_State.is_of, states, sources))
+
+
+def everything() -> list[Any]:
+    """All values that are kept now."""
+    return [value for _, entries in _kept.values() for _, value in entries.values()]
+
+
+def _forget(key: int, owner: weakref.ref) -> None:
+    if _kept.get(key, (None,))[0] is owner:
+        del _kept[key]
 
 
 def refresh(model: nn.Module | None = None) -> None:
@@ -63,7 +80,7 @@ def refresh(model: nn.Module | None = None) -> None:
         return _drop()
     edited = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with _lock:
-        for entries in _kept.values():
+        for _, entries in _kept.values():
             for name in [name for name, (states, _) in entries.items() if edited & {s.id for s in states}]:
                 del entries[name]
 
@@ -71,32 +88,23 @@ def refresh(model: nn.Module | None = None) -> None:
 class _State:
     """A source as it was. Nothing of it is kept alive, and no other tensor at its address is taken for it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.id, self.ref = id(tensor), TensorWeakRef(tensor)
+    def __init__(self, tensor: Tensor | None) -> None:
+        self.id = None if tensor is None else id(tensor)
+        if tensor is None:
+            return
+        self.ref = weakref.ref(tensor)
         # Holds the storage's address, though not its memory: no other storage gets it.
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.facts = _facts(tensor)
 
     def is_of(self, tensor: Tensor | None) -> bool:
+        if tensor is None or self.id is None:
+            return self.id is tensor
         return (
-            tensor is not None
-            and self.id == id(tensor)
+            self.ref() is tensor
             and self.facts == _facts(tensor)
             and self.storage.cdata == tensor.untyped_storage()._cdata
-            and self.ref() is tensor
         )
-
-
-class _Absent:
-    """A source that was None."""
-
-    id = None
-
-    def is_of(self, tensor: Tensor | None) -> bool:
-        return tensor is None
-
-
-_ABSENT = _Absent()
 
 
 def _facts(tensor: Tensor) -> tuple:

@@ -31,22 +31,14 @@ class Call(NamedTuple):
     norms: tuple[Tensor | None, ...]
     scales: tuple[Tensor | None, ...]
     sample_scale: Tensor | None
-    parameters: tuple[Tensor | None, ...]
-    beside: dict[str, bool]
-    sizes: dict[str, int]
 
 
-def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, norm="layer_norm", **_) -> Call:
-    norms = (norm_weight, norm_bias)
-    sizes = {"width": x.shape[-1], "out": weight.shape[0], "rows": x.shape[0] * x.shape[1]}
-    return Call(x, weight, None, norms, (), None, (*norms, weight, bias), _mixed(x, weight), sizes)
+def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, **_) -> Call:
+    return Call(x, weight, None, (norm_weight, norm_bias), (), None)
 
 
 def _linear_residual(x, weight, bias, residual, *, layer_scale=None, sample_scale=None) -> Call:
-    beside = {"scaled": layer_scale is not None or sample_scale is not None} | _mixed(residual, weight)
-    sizes = {"width": weight.shape[0], "inner": x.shape[-1], "rows": x.shape[0] * x.shape[1]}
-    parameters = (weight, bias, residual, layer_scale)
-    return Call(x, weight, residual, (), (layer_scale, sample_scale), sample_scale, parameters, beside, sizes)
+    return Call(x, weight, residual, (), (layer_scale, sample_scale), sample_scale)
 
 
 def _layer_norm_mlp(
@@ -54,35 +46,15 @@ def _layer_norm_mlp(
     norm_weight,
     norm_bias,
     fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    *,
-    activation="gelu",
+    *_,
     layer_scale=None,
     sample_scale=None,
-    gate_weight=None,
-    gate_bias=None,
     inner_norm_weight=None,
     inner_norm_bias=None,
-    **_,
+    **__,
 ) -> Call:
-    norms, inner = (norm_weight, norm_bias), (inner_norm_weight, inner_norm_bias)
-    beside = {
-        "gated": activation == "swiglu",
-        "inner_norm": inner_norm_weight is not None,
-        "scaled": layer_scale is not None or sample_scale is not None,
-        **_mixed(x, fc1_weight),
-    }
-    products = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
-    sizes = {"width": x.shape[-1], "hidden": fc2_weight.shape[1], "rows": x.shape[0] * x.shape[1]}
-    scales, parameters = (layer_scale, sample_scale), (*norms, *inner, *products, layer_scale)
-    return Call(x, fc1_weight, x, (*norms, *inner), scales, sample_scale, parameters, beside, sizes)
-
-
-def _mixed(stream: Tensor, weight: Tensor) -> dict[str, bool]:
-    """Tokens in float32 beside products in half precision, as autocast has them."""
-    return {"mixed": stream.dtype != compute_dtype(weight)}
+    norms = (norm_weight, norm_bias, inner_norm_weight, inner_norm_bias)
+    return Call(x, fc1_weight, x, norms, (layer_scale, sample_scale), sample_scale)
 
 
 CALLS = {
@@ -108,24 +80,24 @@ def can_run(op: str, device: str, *args, **options) -> str | None:
 
 
 def _wrong_dtypes(call: Call, device: str) -> str | None:
-    dtype = compute_dtype(call.weight)
+    dtype, x_dtype = compute_dtype(call.weight), call.x.dtype
     if dtype not in DTYPES[device]:
         return f"it takes {', '.join(map(_named, DTYPES[device]))}, not {_named(dtype)}"
     half_too = (dtype, torch.float32) if dtype != torch.float64 else (dtype,)
-    for tensor in (call.x, call.stream, *call.norms):
-        if tensor is not None and tensor.dtype not in half_too and tensor.dtype != call.x.dtype:
+    if x_dtype not in half_too:
+        return f"it takes no {_named(x_dtype)} beside {_named(dtype)}"
+    for tensor in (call.stream, *call.norms):
+        if tensor is not None and tensor.dtype != x_dtype and tensor.dtype not in half_too:
             return f"it takes no {_named(tensor.dtype)} beside {_named(dtype)}"
-    if call.x.dtype not in half_too:
-        return f"it takes no {_named(call.x.dtype)} beside {_named(dtype)}"
-    wider = [t.dtype for t in call.scales if t is not None and call.stream is not None]
-    wider = [found for found in wider if torch.promote_types(found, call.stream.dtype) != call.stream.dtype]
-    if wider:
-        return f"under autocast the result is {_named(wider[0])}, and it writes {_named(call.stream.dtype)}"
+    for scale in call.scales:
+        if scale is not None and torch.promote_types(scale.dtype, call.stream.dtype) != call.stream.dtype:
+            result = torch.promote_types(scale.dtype, call.stream.dtype)
+            return f"under autocast the result is {_named(result)}, and it writes {_named(call.stream.dtype)}"
     return None
 
 
 def _unserved(call: Call) -> str | None:
-    if needs_gradient(call.sample_scale):
+    if call.sample_scale is not None and needs_gradient(call.sample_scale):
         return "it gives no gradient to sample_scale"
     if call.x.shape[-1] == 0 or call.weight.shape[0] == 0:
         return "a width is 0"
@@ -138,14 +110,27 @@ def worth(op: str, device: str, *args, **options) -> str | None:
     if not args and not options:
         return None if measurements.any_of(op, name) else f"not measured on {name}"
     call = CALLS[op](*args, **options)
-    dtype = compute_dtype(call.weight)
+    dtype, rows = compute_dtype(call.weight), call.x.shape[0] * call.x.shape[1]
     named = "tf32" if device == "cuda" and dtype == torch.float32 and tf32(op) else _named(dtype)
-    directions = ("fwd", "bwd") if needs_gradient(call.x, *call.parameters) else ("fwd",)
-    beside = "+".join([what for what, given in call.beside.items() if given])
-    reason = measurements.refusal(op, name, named, directions, beside, call.sizes)
+    directions = ("fwd", "bwd") if needs_gradient(*args, *options.values()) else ("fwd",)
+    width = call.x.shape[-1] if call.stream is None else call.stream.shape[-1]
+    sizes = {"width": width, "rows": rows}
+    reason = measurements.refusal(op, name, named, directions, _beside(call, options), sizes)
     if reason is None or torch.compiler.is_compiling():
         return reason
-    return f"{reason} on {name} at D = {call.sizes['width']}"
+    return f"{reason} on {name} at D = {width}"
+
+
+def _beside(call: Call, options: dict) -> str:
+    """What a table names of a call beside the plain op."""
+    beside = {
+        "gated": options.get("activation") == "swiglu",
+        "inner_norm": len(call.norms) == 4 and call.norms[2] is not None,
+        "scaled": any(scale is not None for scale in call.scales),
+        # Tokens in float32 beside products in half precision, as autocast has them.
+        "mixed": call.stream is not None and call.stream.dtype != compute_dtype(call.weight),
+    }
+    return "+".join([what for what, given in beside.items() if given])
 
 
 _NAMES = {"cpu": "CPUs", "cuda": "CUDA GPUs"}
@@ -204,6 +189,6 @@ def _machine_name(device: str) -> str:
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}{' and bfloat16' if bf16 else ''}"
 
 
-# What torch.compiler.assume_constant_result sets, whose import is the whole compiler's; it sees through caches.
+# What torch.compiler.assume_constant_result sets, whose import is the whole compiler's; a cache hides it.
 for _constant in (_loads, _no_device, _too_old, machine_name):
     _constant._dynamo_marked_constant = True

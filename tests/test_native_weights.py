@@ -25,7 +25,7 @@ def _cpp():
 
 def _kept():
     """Every packed or folded weight there is."""
-    return [value[0] for entries in derived._kept.values() for _, value in entries.values()]
+    return [weight for weight, _ in derived.everything()]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,7 +11,10 @@ from torch.library import Library
 NAMESPACE = __name__.partition(".")[0]
 _library = Library(NAMESPACE, "FRAGMENT")
 _kernels: dict[Any, Callable] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What an op takes, beside which there may be tensors of other types.
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), torch.dtype, bool, int, float, str, list, tuple)
+)
 
 
 def register(schema: str, kernels: Callable, shapes: Callable, autograd: Callable | None = None) -> Any:
@@ -48,7 +51,7 @@ def _is_watched(args: tuple) -> bool:
     """Whether a mode, a tracer or a tensor of another type is to see the op itself."""
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return True
-    return any(isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN for arg in args)
+    return not _PLAIN.issuperset(map(type, args))
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
