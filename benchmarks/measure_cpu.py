@@ -4,8 +4,8 @@
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
 tokens from a ViT-Ti's at batch 1 to a ViT-B's at batch 8. A table's row holds for all sizes between those
-measured, and its ratio is the smallest of them; sizes are left out from the fewest rows up until no slower one
-is left.
+measured, and its ratio is the smallest of them; sizes are left out from the fewest rows up until no slower
+one is left.
 """
 
 import json

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from memory import Canaries, guarded, poisoned_empty
 from op_cases import Call, converted
+from op_checks import GRADS
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -29,12 +30,6 @@ ATTENTION_OPTIONS = (
 NORM_WEIGHTS = ATTENTION_OPTIONS[3:7]
 EMBED_INPUTS = ("images", "weight", "bias", "pos_embed", "prefix")
 
-# Gradients as they arrive: from the next layer, from .sum() (every stride 0), from a transposition.
-GRADS = {
-    "contiguous": lambda out: _numbers(out.shape).to(out),
-    "sum": lambda out: torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape),
-    "transposed": lambda out: _numbers(out.mT.shape).to(out).mT,
-}
 # Tiles of unequal sides, so that none stands in for another, and small, so that few tokens make several.
 FORMS = {
     "resident": {"RESIDENT": 1, "BLOCK_M": 16, "BLOCK_N": 16},
@@ -146,7 +141,3 @@ def embed_launch(
         memory.check_written()
     assert [gradient is not None for gradient in gradients] == needs
     return {name: given for name, given in zip(EMBED_INPUTS, gradients, strict=True) if given is not None}
-
-
-def _numbers(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))

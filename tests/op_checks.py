@@ -32,7 +32,7 @@ def within_contract(op: str, call: Call, function: Callable | None = None, **how
     with torch.no_grad():
         out = (function or getattr(ops, op))(**call)
         oracle = getattr(plain_ops, op)(**float64(call))
-        baselines = [_plain_under(context, op, call) for context in _libraries(op)]
+        baselines = [_plain_under(context, op, call) for context in _libraries(op, call)]
     kind = "gemm" if op in GEMM_OPS else "op"
     check = judge(op, out, oracle, baselines, kind=kind, scale=_attention_scale(call), **how)
     assert check.ok, check
@@ -63,7 +63,7 @@ def gradients_within_contract(
     ours = _together(getattr(ops, op), calls, **how_given)
     oracle = _together(plain, [float64(call) for call in calls], **how_given)
     baselines = []
-    for context in _libraries(op):
+    for context in _libraries(op, calls[0]):
         with context():
             baselines.append(_together(plain, calls, **how_given))
     for name, gradient in ours.items():
@@ -108,14 +108,14 @@ def _numbers(shape: torch.Size) -> torch.Tensor:
 
 # Gradients as they arrive: from the next layer, from .sum() (every stride 0), from a transposition.
 GRADS = {
-    "contiguous": lambda out: _numbers(out.shape).to(out.dtype),
-    "sum": lambda out: torch.ones((), dtype=out.dtype).expand(out.shape),
-    "transposed": lambda out: _numbers(out.mT.shape).to(out.dtype).mT,
+    "contiguous": lambda out: _numbers(out.shape).to(out),
+    "sum": lambda out: torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape),
+    "transposed": lambda out: _numbers(out.mT.shape).to(out).mT,
 }
 
 
-def _libraries(op: str) -> list[Callable]:
-    contexts = [context for _, context in gemm_libraries("cpu")]
+def _libraries(op: str, call: Call) -> list[Callable]:
+    contexts = [context for _, context in gemm_libraries(next(iter(tensors(call).values())).device)]
     return contexts if op in GEMM_OPS else contexts[:1]
 
 

@@ -1,4 +1,4 @@
-"""Calls of the two ops that have Triton kernels, on the device under test, and what they give."""
+"""Calls of the ops on the device under test, and what they give."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,11 @@ from op_cases import Call, converted
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import ops, use_backend
+from fastvit import extension, ops, use_backend
 
-OPS = ("attention", "patch_embed")
+NATIVE = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
+BACKENDS = {"attention": "triton", "patch_embed": "triton"} | dict.fromkeys(NATIVE, "cuda")
+OPS = tuple(BACKENDS)
 # How an op is computed: a dtype, and the precision of float32 products.
 MODES = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -21,7 +23,7 @@ MODES = {
     "float32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
 }
-# What the kernels give gradients to.
+# What the kernels give gradients to; of the compiled library's ops, to all but sample_scale.
 TRAINED = {
     "attention": ("qkv", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias"),
     "patch_embed": ("images", "weight", "bias", "pos_embed", "prefix"),
@@ -30,8 +32,17 @@ TRAINED = {
 SIZES = {
     "attention": {"batch": 4, "tokens": 197, "heads": 3, "head_dim": 64},
     "patch_embed": {"batch": 4, "grid": (14, 14), "patch": (16, 16), "width": 192},
+    "layer_norm_linear": {"batch": 4, "tokens": 197, "width": 192, "out": 576},
+    "linear_residual": {"batch": 4, "tokens": 197, "width": 192, "inner": 192},
+    "layer_norm_mlp": {"batch": 4, "tokens": 197, "width": 192, "hidden": 768},
 }
 FULL = op_cases.FULL | {"patch_embed": {"images": "uint8", "normalized": "tensors"}}
+
+
+def needs_native() -> None:
+    """Skips the test, with the reason, where the compiled library for the device is not there."""
+    if reason := extension.why_no_ops("cuda" if DEVICE == "cuda" else "cpu"):
+        pytest.skip(str(reason))
 
 
 def call_of(op: str, dtype: torch.dtype = torch.bfloat16, *, full: bool = False, **sizes) -> Call:
@@ -52,12 +63,15 @@ def flipped(call: Call) -> Call:
 def run(op: str, call: Call) -> dict[str, Tensor]:
     """The op on its kernels, as in inference and as in training: outputs and every gradient."""
     function = getattr(ops, op)
+    names = TRAINED.get(op) or [name for name in given_tensors(call) if name != "sample_scale"]
     leaves = {
         name: call[name].detach().requires_grad_()
-        for name in TRAINED[op]
+        for name in names
         if call.get(name) is not None and call[name].is_floating_point()
     }
-    with use_backend("triton"):
+    if op in NATIVE:
+        needs_native()
+    with use_backend(BACKENDS[op]):
         with torch.no_grad():
             inferred = function(**call)
         out = function(**call | leaves)
