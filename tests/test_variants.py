@@ -72,7 +72,10 @@ def test_checkpoint_brings_its_own_classes(checkpoint):
     ours = fastvit.create_model("vit_tiny_patch16_224", path, depth=1).eval()
     x = torch.randn(2, 3, 224, 224)
     assert ours.num_classes == 7
-    assert torch.equal(ours(x), model(x))
+    states = ours.state_dict(), model.state_dict()
+    assert all(torch.equal(*(state[name] for state in states)) for name in states[1])
+    # Not to the bit: how products add may depend on where in memory a weight lies.
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_checkpoint_then_new_classes_and_size(checkpoint, caplog):
