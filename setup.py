@@ -83,6 +83,7 @@ class BuildOrSayWhy(build_ext):
         choose_compiler()
         (module,) = self.extensions
         module.define_macros.append(("FASTVIT_CUDA_ARCHS", quoted(" ".join(self.archs))))
+        self.force = True  # its sources may be older than what it tells of the libraries
         super().run()
 
     def build_extensions(self):

@@ -1,5 +1,5 @@
-// See row_loops.h. FASTVIT_LEVEL names the vector instructions that this compilation may use. Loops marked simd
-// may add in any order; there is no other licence to reorder.
+// See row_loops.h. FASTVIT_LEVEL names the vector instructions that this compilation may use. No sum's order
+// depends on them.
 #include "row_loops.h"
 
 #include <cmath>
@@ -9,11 +9,26 @@
 #include "row_norm.h"
 
 #define FASTVIT_SIMD _Pragma("omp simd")
-#define FASTVIT_SUM(...) _Pragma(FASTVIT_TEXT(omp simd reduction(+ : __VA_ARGS__)))
-#define FASTVIT_TEXT(...) #__VA_ARGS__
 
 namespace fastvit::FASTVIT_LEVEL {
 namespace {
+
+// The sum of term(i) in sixty-four chains, which are short and fill vectors of any width.
+template <typename Wide, typename Term>
+Wide sum_of(Size count, Term term) {
+  constexpr Size lanes = 64;
+  Wide held[lanes] = {};
+  Size i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    FASTVIT_SIMD
+    for (Size lane = 0; lane < lanes; ++lane) held[lane] += term(i + lane);
+  }
+  for (Size lane = 0; i < count; ++i, ++lane) held[lane] += term(i);
+  for (Size half = lanes / 2; half > 0; half /= 2) {
+    for (Size lane = 0; lane < half; ++lane) held[lane] += held[lane + half];
+  }
+  return held[0];
+}
 
 template <typename In, typename Out>
 struct Loops {
@@ -26,19 +41,11 @@ struct Loops {
     for (Size row = 0; row < rows; ++row) {
       const In* x = static_cast<const In*>(x_) + row * cols;
       Out* out = static_cast<Out*>(out_) + row * cols;
-      Wide first = 0, off = 0, squares = 0;
-      if (!norm.rms) {
-        Wide sum = 0;
-        FASTVIT_SUM(sum)
-        for (Size i = 0; i < cols; ++i) sum += widen(x[i]);
-        first = sum / cols;
-      }
-      FASTVIT_SUM(off, squares)
-      for (Size i = 0; i < cols; ++i) {
-        const Wide d = widen(x[i]) - first;
-        off += d;
-        squares += d * d;
-      }
+      Wide first = 0;
+      if (!norm.rms) first = sum_of<Wide>(cols, [=](Size i) { return widen(x[i]); }) / cols;
+      const auto off_by = [=](Size i) { return widen(x[i]) - first; };
+      const Wide off = sum_of<Wide>(cols, off_by);
+      const Wide squares = sum_of<Wide>(cols, [=](Size i) { return off_by(i) * off_by(i); });
       const RowStatistics<Wide> row_is = row_statistics(first, off, squares, Wide(cols), Wide(norm.eps), norm.rms);
       if (!norm.rms) mean[row] = row_is.mean();
       rstd[row] = row_is.rstd;
@@ -89,13 +96,10 @@ struct Loops {
         for (Size i = 0; i < cols; ++i) sum[i] += widen(grad[i]);
       }
       if (!dx_) continue;
-      Wide sum = 0, product = 0;
-      FASTVIT_SUM(sum, product)
-      for (Size i = 0; i < cols; ++i) {
-        const Wide g = weight ? widen(grad[i]) * weight[i] : widen(grad[i]);
-        sum += g;
-        product += g * row_is.apply(widen(x[i]));
-      }
+      const auto scaled = [=](Size i) { return weight ? widen(grad[i]) * weight[i] : widen(grad[i]); };
+      const Wide sum = sum_of<Wide>(cols, scaled);
+      const Wide product =
+          sum_of<Wide>(cols, [=](Size i) { return scaled(i) * row_is.apply(widen(x[i])); });
       const RowSlope<Wide> slope = row_slope(sum, product, Wide(cols), row_is.rstd, norm.rms);
       In* dx = static_cast<In*>(dx_) + row * cols;
       const In* beside = beside_ ? static_cast<const In*>(beside_) + row * cols : nullptr;

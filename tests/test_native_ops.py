@@ -54,7 +54,9 @@ CELLS = [(op, cell) for op in OPS for cell in op_cases.cells(op)]
 
 @pytest.mark.parametrize(("op", "cell"), FORWARD, ids=op_cases.name)
 def test_every_regime_is_within_the_contract(op, cell):
-    call, offset = op_cases.regime_call(op, batch=1, **cell), cell["regime"] == "mean_offset"
+    # Sixteen numbers do not tell how large an error is; eight rows are still among the few that MKL multiplies.
+    batch = 8 if cell["tokens"] == 1 else 1
+    call, offset = op_cases.regime_call(op, batch=batch, **cell), cell["regime"] == "mean_offset"
     within_contract(op, call, offset_regime=offset)
     within_contract(op, call, while_training(op), offset_regime=offset)
 
