@@ -78,8 +78,8 @@ $(OLD_TRITON_PATH)/.stamp: | $(STAMP)
 asan: $(STAMP)
 	$(BIN)/python csrc/libraries.py build/asan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py -p no:cacheprovider \
-		--library build/asan/_fastvit_cpu.so
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py tests/test_native_calls.py \
+		-p no:cacheprovider --library build/asan/_fastvit_cpu.so
 
 # Needs nvcc and no GPU: every kernel for every architecture, with warnings and spills as errors, then the library.
 cuda: $(STAMP)

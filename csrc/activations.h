@@ -28,7 +28,8 @@ FASTVIT_HOST_DEVICE float exponential_within(float x) {
   p = p * r + 1.6666665e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+  const float whole = n == n ? n : 0.0f;  // of a nan the rest is one
+  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;

@@ -54,7 +54,7 @@ CELLS = [(op, cell) for op in OPS for cell in op_cases.cells(op)]
 
 @pytest.mark.parametrize(("op", "cell"), FORWARD, ids=op_cases.name)
 def test_every_regime_is_within_the_contract(op, cell):
-    # Sixteen numbers do not tell how large an error is; eight rows are still among the few that MKL multiplies.
+    # Sixteen numbers do not tell how large an error is; eight rows are still among the few of MKL.
     batch = 8 if cell["tokens"] == 1 else 1
     call, offset = op_cases.regime_call(op, batch=batch, **cell), cell["regime"] == "mean_offset"
     within_contract(op, call, offset_regime=offset)
