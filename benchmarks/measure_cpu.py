@@ -36,7 +36,7 @@ BESIDE = {
     "layer_norm_mlp": ("", "scaled", "gated", "gated+scaled", "inner_norm", "gated+inner_norm"),
 }
 NORM = {"norm_weight": (1,), "norm_bias": (1,)}
-RATIO = 1.0
+RATIO = 1.05  # two runs of the same call differ by as much
 
 
 @dataclass(frozen=True)
