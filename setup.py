@@ -62,10 +62,7 @@ class BuildOrSayWhy(build_ext):
         self.install(libraries.build_cpu(tools, self.work("cpu")))
 
     def build_cuda(self):
-        nvcc = libraries.find_nvcc()
-        if nvcc is None:
-            raise libraries.Unbuildable("nvcc was found neither on PATH nor in CUDA_HOME/bin")
-        tools = libraries.Tools(choose_compiler(), libraries.torch_folder(), nvcc)
+        tools = libraries.Tools(choose_compiler(), libraries.torch_folder(), libraries.find_nvcc())
         archs = libraries.chosen_archs()
         self.install(libraries.build_cuda(tools, self.work("cuda"), archs))
         self.archs = archs

@@ -4,6 +4,7 @@ Each check raises ``AssertionError``. They take the op as a function, so that mu
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import plain_ops
 import pytest
@@ -83,6 +84,23 @@ def gradients(
     leaves = {key: tensor.detach().requires_grad_() for key, tensor in given.items()}
     out = function(**(call | leaves))
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad(out)), strict=True))
+
+
+def gives_what_is_needed(
+    op: str, call: Call, names: Sequence[str], everything: dict[str, torch.Tensor], **tolerance: float
+) -> None:
+    """With any of the named tensors requiring gradients, these get theirs, and the others none."""
+    for needed in product([True, False], repeat=len(names)):
+        mask = dict(zip(names, needed, strict=True))
+        leaves = {name: call[name].detach().clone().requires_grad_(wanted) for name, wanted in mask.items()}
+        out = getattr(ops, op)(**call | leaves)
+        assert out.requires_grad == any(needed)
+        if any(needed):
+            out.backward(GRADS["contiguous"](out))
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == mask[name], name
+            if mask[name]:
+                torch.testing.assert_close(leaf.grad, everything[name], **tolerance)
 
 
 def _together(

@@ -1,14 +1,12 @@
 """Calls of the compiled CPU ops out of the ordinary: strides, masks, NaN, empty batches, threads."""
 
-from itertools import product
-
 import op_cases
 import plain_ops
 import pytest
 import torch
 from memory import guarded, poisoned_empty
 from native_calls import DTYPES, FIXED, OPS, leaves, needs_library, trained, while_training
-from op_checks import GRADS, TIGHT, gradients
+from op_checks import GRADS, TIGHT, gives_what_is_needed, gradients
 from test_op_gradients import SMALL, TRAINED
 from test_op_layouts import LAYOUTS, sliced, transposed
 
@@ -40,17 +38,7 @@ def test_every_mask_of_needed_gradients(op):
     call = op_cases.build(op, **op_cases.FULL[op] | SMALL[op])
     names = [name for name in TRAINED[op] if name not in FIXED]
     everything = trained(op, call)
-    for needed in product([True, False], repeat=len(names)):
-        mask = dict(zip(names, needed, strict=True))
-        given = {name: call[name].detach().clone().requires_grad_(wanted) for name, wanted in mask.items()}
-        out = getattr(ops, op)(**call | given)
-        assert out.requires_grad == any(needed)
-        if any(needed):
-            out.backward(GRADS["contiguous"](out))
-        for name, leaf in given.items():
-            assert (leaf.grad is not None) == mask[name], name
-            if mask[name]:
-                torch.testing.assert_close(leaf.grad, everything[name], **TIGHT)
+    gives_what_is_needed(op, call, names, everything, **TIGHT)
 
 
 @pytest.mark.parametrize("op", OPS)

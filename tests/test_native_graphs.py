@@ -4,7 +4,7 @@ import op_cases
 import pytest
 import torch
 from native_calls import OPS, leaves, needs_library, trained
-from test_op_compile import BATCHED, Layer
+from test_op_compile import Layer, compiled_for_any_batch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,13 +82,7 @@ def test_is_a_well_behaved_torch_op(op, cell, dtype):
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_whole_and_once_for_every_batch(op, training):
     function = getattr(ops, op)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-
-    def compiled_once(**call):
-        for name in BATCHED & call.keys():
-            torch._dynamo.mark_dynamic(call[name], 0)
-        return compiled(**call)
-
+    compiled_once = compiled_for_any_batch(function)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 8):
             call = build(op, batch=batch, **FULL[op])

@@ -40,17 +40,23 @@ class Layer(nn.Module):
         return getattr(ops, self.op)(**{self.main: main}, **own, **self.constants)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_whole_and_once_for_every_batch(op, training):
-    function = getattr(ops, op)
+def compiled_for_any_batch(function):
+    """An op compiled whole, of whose arguments the batch is no constant."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
 
-    def compiled_once(**call):
+    def run(**call):
         for name in BATCHED & call.keys():
             torch._dynamo.mark_dynamic(call[name], 0)
         return compiled(**call)
 
+    return run
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_whole_and_once_for_every_batch(op, training):
+    function = getattr(ops, op)
+    compiled_once = compiled_for_any_batch(function)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 8):
             call = op_cases.build(op, dtype=torch.float32, batch=batch, **OPTIONS[op])

@@ -1,11 +1,9 @@
 """Gradients of the five ops: the true ones in float64, within the contract in float32, and none unasked."""
 
-from itertools import product
-
 import op_cases
 import pytest
 import torch
-from op_checks import GRADS, TIGHT, gradients, gradients_within_contract
+from op_checks import GRADS, TIGHT, gives_what_is_needed, gradients, gradients_within_contract
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastvit import ops
@@ -84,17 +82,7 @@ TRAINED = {
 def test_every_mask_of_needed_gradients(op):
     call = op_cases.build(op, **op_cases.FULL[op] | SMALL[op])
     everything = gradients(getattr(ops, op), call, GRADS["contiguous"])
-    for needed in product([True, False], repeat=len(TRAINED[op])):
-        mask = dict(zip(TRAINED[op], needed, strict=True))
-        leaves = {name: call[name].detach().clone().requires_grad_(wanted) for name, wanted in mask.items()}
-        out = getattr(ops, op)(**call | leaves)
-        assert out.requires_grad == any(needed)
-        if any(needed):
-            out.backward(GRADS["contiguous"](out))
-        for name, leaf in leaves.items():
-            assert (leaf.grad is not None) == mask[name], name
-            if mask[name]:
-                torch.testing.assert_close(leaf.grad, everything[name], **TIGHT)
+    gives_what_is_needed(op, call, TRAINED[op], everything, **TIGHT)
 
 
 # Every dtype, because each takes another path inside torch. Dropped: the options, which only add operands.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from op_checks import GRADS, gradients
 from test_backends_environment import python
-from test_op_compile import BATCHED, MAIN, Layer
+from test_op_compile import MAIN, Layer, compiled_for_any_batch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,13 +121,7 @@ def test_computes_what_the_reference_does(op, cell):
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_whole_and_once_for_every_batch(op, training):
     function = getattr(ops, op)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-
-    def compiled_once(**call):
-        for name in BATCHED & call.keys():
-            torch._dynamo.mark_dynamic(call[name], 0)
-        return compiled(**call)
-
+    compiled_once = compiled_for_any_batch(function)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 8):
             call = build(op, batch=batch, **FULL[op])
