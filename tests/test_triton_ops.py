@@ -3,8 +3,6 @@
 What the kernels compute is judged elsewhere; here they run through their interpreter where there is no GPU.
 """
 
-from itertools import product
-
 import op_cases
 import plain_ops
 import pytest
@@ -188,17 +186,7 @@ def test_double_backward_raises(op):
 def test_every_mask_of_needed_gradients(op):
     call = build(op, **op_cases.FULL[op])
     everything = trained(op, call)
-    for needed in product([True, False], repeat=len(TRAINED[op])):
-        mask = dict(zip(TRAINED[op], needed, strict=True))
-        given = {name: call[name].detach().clone().requires_grad_(wanted) for name, wanted in mask.items()}
-        out = getattr(ops, op)(**call | given)
-        assert out.requires_grad == any(needed)
-        if any(needed):
-            out.backward(GRADS["contiguous"](out))
-        for name, leaf in given.items():
-            assert (leaf.grad is not None) == mask[name], name
-            if mask[name]:
-                torch.testing.assert_close(leaf.grad, everything[name])
+    gives_what_is_needed(op, call, TRAINED[op], everything)
 
 
 def test_separate_projections_have_gradients_too():
