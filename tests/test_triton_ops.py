@@ -7,7 +7,7 @@ import op_cases
 import plain_ops
 import pytest
 import torch
-from op_checks import GRADS, gradients
+from op_checks import GRADS, gives_what_is_needed, gradients
 from test_backends_environment import python
 from test_op_compile import MAIN, Layer, compiled_for_any_batch
 from torch.fx.experimental.proxy_tensor import make_fx
