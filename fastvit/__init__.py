@@ -4,6 +4,7 @@ Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled 
 """
 
 from . import ops
+from .accelerate import accelerate, restore
 from .backends import use_backend
 from .checkpoint import load_checkpoint
 from .derived import refresh
@@ -29,11 +30,13 @@ __all__ = [
     "FastvitError",
     "ParityError",
     "VisionTransformer",
+    "accelerate",
     "create_model",
     "list_models",
     "load_checkpoint",
     "ops",
     "refresh",
+    "restore",
     "use_backend",
     "verify",
 ]

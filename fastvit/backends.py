@@ -1,4 +1,4 @@
-"""The one table of backends, and the one reader of environment variables.
+"""The one table of backends.
 
 ``TABLE`` lists, for each op, its backends in order of preference. A row's ``can_run`` looks at the
 call's metadata (shape, stride, dtype, device) and answers None, or the reason why not; "auto" asks
@@ -8,6 +8,7 @@ where a backend is chosen: a call, `fastvit info` and `fastvit demo` all ask it.
     FASTVIT_BACKEND     "auto" (default), a backend's name, or per op: "attention=triton,patch_embed=auto"
     FASTVIT_DISABLE     "1": every op runs the reference
     FASTVIT_UNMEASURED  "1": "auto" takes every backend that can run, measured or not
+    FASTVIT_ARCH        "sm_90", say: answer for a GPU that is absent (gpus.py)
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from . import native_backend, triton_backend
+from . import native_backend, recording, triton_backend
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -175,6 +176,8 @@ def resolve(op: str, *args, **kwargs) -> str:
     if _disabled:
         if name not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
+        if recording.active:
+            _record(op, "reference", *args, **kwargs)
         return "reference"
     for row in TABLE[op]:
         if name not in ("auto", row.name):
@@ -183,11 +186,20 @@ def resolve(op: str, *args, **kwargs) -> str:
         if reason is None and name == "auto":
             reason = _not_worth(row, *args, **kwargs)
         if reason is None:
+            if recording.active:
+                _record(op, row.name, *args, **kwargs)
             return row.name
         if name != "auto":
             raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
         _say_once(op, row.name, reason)
     raise AssertionError(f"{op}: its table has no row that always runs")
+
+
+def _record(op: str, chosen: str, *args, **kwargs) -> None:
+    served = any(row.can_run(*args, **kwargs) is None for row in TABLE[op] if row.name != "reference")
+    reason = _why(op, chosen, *args, **kwargs)
+    for recorder in recording.active:
+        recorder.add(op, chosen, served, reason)
 
 
 def _not_worth(row: Backend, *args, **kwargs) -> str | None:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension, measurements
+from . import extension, gpus, measurements
 from .call_facts import compute_dtype, needs_gradient, tf32, transformed
 from .errors import ExtensionMismatch, ExtensionNotBuilt
 
+OLDEST = (8, 0)
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
@@ -142,6 +143,8 @@ def _named(dtype: torch.dtype) -> str:
 
 def _loads(device: str) -> str | None:
     """Why the library for the device is not there: absence and misfit are one line of text each."""
+    if device == "cuda" and gpus.assumed() is not None:
+        return None  # it answers for another machine
     if device == "cuda" and not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
     reason: ExtensionMismatch | ExtensionNotBuilt | None = extension.why_no_ops(device)
@@ -151,24 +154,25 @@ def _loads(device: str) -> str | None:
 def _no_device(device: str) -> str | None:
     if device == "cpu":
         return None
-    if not torch.cuda.is_available():
+    if gpus.assumed() is None and not torch.cuda.is_available():
         return "it needs a CUDA GPU; torch finds none"
     return _too_old(torch.device("cuda"))
 
 
 def _too_old(device: torch.device) -> str | None:
     """Why the library holds no code that this GPU runs: its own, or that of a lower minor version."""
-    return _no_code(device)
+    return _no_code(gpus.gpu_of(device))
 
 
 @cache
-def _no_code(device: torch.device) -> str | None:
-    facts = torch.cuda.get_device_properties(device)
+def _no_code(gpu: gpus.Gpu) -> str | None:
+    if gpu.assumed:
+        return None if gpu.capability >= OLDEST else f"{gpu.name} is older than sm_{OLDEST[0]}{OLDEST[1]}"
     archs = extension.cuda_archs()
-    if any(_runs(arch, facts.major, facts.minor) for arch in archs):
+    if any(_runs(arch, *gpu.capability) for arch in archs):
         return None
     built = ", ".join(f"sm_{arch}" for arch in archs) or "nothing"
-    return f"{facts.name} is sm_{facts.major}{facts.minor}, and the library is built for {built}"
+    return "{} is sm_{}{}, and the library is built for {}".format(gpu.name, *gpu.capability, built)
 
 
 def _runs(arch: str, major: int, minor: int) -> bool:
@@ -178,13 +182,14 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 
 def machine_name(device: str) -> str:
     """What measurements are of: a GPU by its name, a CPU by the instructions that decide."""
-    return _machine_name(device)
+    if device == "cuda":
+        there = gpus.assumed() is not None or torch.cuda.is_available()
+        return gpus.gpu_of().name if there else "a CUDA GPU"
+    return _cpu_name()
 
 
 @cache
-def _machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "a CUDA GPU"
+def _cpu_name() -> str:
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}{' and bfloat16' if bf16 else ''}"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import measurements
+from . import gpus, measurements
 from .call_facts import compute_dtype, needs_gradient, tf32, transformed
 
 OLDEST_CAPABILITY = (8, 0)
@@ -134,9 +134,11 @@ def _machine(tensor: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     if tensor is None:
-        if INTERPRETED or torch.cuda.is_available():
-            return None if INTERPRETED else _too_old(torch.device("cuda"))
-        return "Triton needs a CUDA GPU; torch finds none"
+        if INTERPRETED:
+            return None
+        if gpus.assumed() is None and not torch.cuda.is_available():
+            return "Triton needs a CUDA GPU; torch finds none"
+        return _too_old(torch.device("cuda"))
     device, dtype = tensor.device, compute_dtype(tensor)
     if device.type == "meta":
         return "meta tensors have no data"
@@ -167,16 +169,11 @@ def _installed() -> str | None:
 
 
 def _too_old(device: torch.device) -> str | None:
-    facts = torch.cuda.get_device_properties(device)
-    capability = (facts.major, facts.minor)
-    if capability >= OLDEST_CAPABILITY:
+    gpu = gpus.gpu_of(device)
+    if gpu.capability >= OLDEST_CAPABILITY:
         return None
-    found, oldest = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
-    return f"{facts.name} has compute capability {found}; the kernels need {oldest}"
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_properties(device).name
+    found, oldest = (".".join(map(str, pair)) for pair in (gpu.capability, OLDEST_CAPABILITY))
+    return f"{gpu.name} has compute capability {found}; the kernels need {oldest}"
 
 
 def _worth(
@@ -185,7 +182,7 @@ def _worth(
     device = torch.device("cuda") if tensor is None else tensor.device
     if INTERPRETED or device.type != "cuda":
         return "Triton's interpreter is for tests"
-    name = _name(device)
+    name = gpus.gpu_of(device).name
     if sizes is None:
         return None if measurements.any_of(op, name) else f"not measured on {name}"
     dtype = compute_dtype(tensor)
@@ -196,5 +193,5 @@ def _worth(
 
 
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.
-for _constant in (_software, _too_old, _name):
+for _constant in (_software, _too_old):
     _constant._dynamo_marked_constant = True

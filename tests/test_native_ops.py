@@ -115,7 +115,8 @@ def _saved(op, call):
         options = (1e-6, call.get("norm", "layer_norm"))
     with torch.no_grad():
         tensors = [call.get(name) for name in names]
-        return getattr(torch.ops.fastvit, f"{op}_fwd")(*tensors, *options, call["x"].dtype, False, True)[1]
+        flags = (False, True) if op == "layer_norm_linear" else (False, False, True)
+        return getattr(torch.ops.fastvit, f"{op}_fwd")(*tensors, *options, call["x"].dtype, *flags)[1]
 
 
 def _statistics_within_contract(rows, mean, rstd, norm="layer_norm"):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.activations import ACTIVATIONS, quick_gelu
-from .plain import is_plain, known
+from .plain import known, plain_child
 
 
 @known
@@ -63,12 +63,18 @@ def get_act_layer(act_layer: str | Callable[..., nn.Module] | None) -> Callable[
     return ACT_LAYERS[act_layer]
 
 
-_NAMES = {layer: name for name, layer in reversed(ACT_LAYERS.items()) if name in ACTIVATIONS}
+# The ops' name for what a class computes; nn.GELU asks its own argument.
+ACTIVATION_NAMES: dict[type[nn.Module], str] = {
+    layer: name for name, layer in reversed(ACT_LAYERS.items()) if name in ACTIVATIONS
+}
 
 
-def activation_name(module: nn.Module) -> str | None:
-    """The ops' name for the activation, or None if only its own forward knows."""
-    name = _NAMES.get(type(module))
-    if name is None or not is_plain(module, type(module)):
-        return None
-    return "gelu_tanh" if name == "gelu" and module.approximate == "tanh" else name
+def activation_name(parent: nn.Module, child: str = "act") -> str:
+    """The ops' name for the activation of that name.
+
+    Raises:
+        Unfused: if only its own forward knows.
+    """
+    module = plain_child(parent, child, ACTIVATION_NAMES)
+    name = ACTIVATION_NAMES[type(module)]
+    return "gelu_tanh" if name == "gelu" and getattr(module, "approximate", "none") == "tanh" else name

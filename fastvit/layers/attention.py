@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .norm import norm_arguments
-from .plain import is_identity, is_plain, known
+from .plain import DROPOUTS, Unfused, is_identity, is_plain, known
 
 
 @known
@@ -54,28 +54,50 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, D] to [B, N, D]; attn_mask as torch's scaled_dot_product_attention takes it."""
-        x = self.attend(self.qkv(x), attn_mask, is_causal)
+        x = attend(self, self.qkv(x), attn_mask=attn_mask, is_causal=is_causal)
         return self.proj_drop(self.proj(x))
 
-    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """What lies between the projections: packed [B, N, 3 * H * d] to [B, N, H * d]."""
-        parts = self._modules
-        q_norm, k_norm, norm, attn_drop = parts["q_norm"], parts["k_norm"], parts["norm"], parts["attn_drop"]
-        qk_norm = qk_norm_arguments(q_norm, k_norm)
-        fused = self.fused_attn and is_plain(attn_drop, nn.Dropout)
-        options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": self.scale}
-        options["dropout_p"] = attn_drop.p if self.training and fused else 0.0
-        if fused and qk_norm is not None:
-            masked = attn_mask is not None  # the one argument that is not this module's own
-            x = ops.attention(qkv, self.num_heads, **options, **qk_norm, validate=masked)
-            return x if is_identity(norm) else norm(x)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k = q_norm(q), k_norm(k)
-        if fused:
-            x = F.scaled_dot_product_attention(q, k, v, **options)
-        else:
-            x = attn_drop(attention_weights(q * self.scale, k, attn_mask, is_causal)) @ v
-        return norm(x.transpose(1, 2).flatten(2))
+
+# Classes whose forward is a qkv projection, `attend`, and an output projection.
+ATTENTIONS: dict[type[nn.Module], None] = {Attention: None}
+
+
+def attend(
+    attn: nn.Module, qkv: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, **rotary
+) -> Tensor:
+    """What lies between an attention module's projections: packed [B, N, 3 * H * d] to [B, N, H * d].
+
+    Args:
+        attn: has num_heads, head_dim, scale, fused_attn, q_norm, k_norm, attn_drop and norm, as timm's have.
+        qkv: the projected tokens.
+        attn_mask, is_causal: as torch's scaled_dot_product_attention takes them.
+        rotary: `ops.attention`'s arguments for rotary positions.
+
+    Raises:
+        Unfused: for rotary positions, where only the module's own forward will do.
+    """
+    parts = attn._modules
+    norm, attn_drop = parts["norm"], parts["attn_drop"]
+    fused = attn.fused_attn and is_plain(attn_drop, DROPOUTS)
+    options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": attn.scale}
+    options["dropout_p"] = attn_drop.p if attn.training and fused else 0.0
+    try:
+        qk_norm = qk_norm_arguments(attn)
+    except Unfused:
+        qk_norm = None
+    if fused and qk_norm is not None:
+        foreign = attn_mask is not None or rotary  # the arguments that are not this module's own
+        x = ops.attention(qkv, attn.num_heads, **options, **qk_norm, **rotary, validate=bool(foreign))
+        return x if is_identity(norm) else norm(x)
+    if rotary:
+        raise Unfused("its norms of q and k, or its attention weights, are wanted beside rotary positions")
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k = parts["q_norm"](q), parts["k_norm"](k)
+    if fused:
+        x = F.scaled_dot_product_attention(q, k, v, **options)
+    else:
+        x = attn_drop(attention_weights(q * attn.scale, k, attn_mask, is_causal)) @ v
+    return norm(x.transpose(1, 2).flatten(2))
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -88,13 +110,17 @@ def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal:
     return (logits if attn_mask is None else logits + attn_mask).softmax(dim=-1)
 
 
-def qk_norm_arguments(q_norm: nn.Module, k_norm: nn.Module) -> dict | None:
-    """The attention op's arguments for these norms of q and k, or None if only their own forwards know."""
-    if is_identity(q_norm) and is_identity(k_norm):
+def qk_norm_arguments(attn: nn.Module) -> dict:
+    """The attention op's arguments for the module's norms of q and k.
+
+    Raises:
+        Unfused: if only their own forwards know.
+    """
+    if is_identity(attn._modules["q_norm"]) and is_identity(attn._modules["k_norm"]):
         return {}
-    q, k = norm_arguments(q_norm), norm_arguments(k_norm)
-    if q is None or k is None or (q.norm, q.eps) != (k.norm, k.eps):
-        return None
+    q, k = norm_arguments(attn, "q_norm"), norm_arguments(attn, "k_norm")
+    if (q.norm, q.eps) != (k.norm, k.eps):
+        raise Unfused("q_norm and k_norm are of different kinds")
     return {
         "qk_norm": q.norm,
         "qk_norm_eps": q.eps,

@@ -2,15 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from .. import ops
-from .attention import Attention
-from .mlp import Mlp
+from .attention import ATTENTIONS, Attention, attend
+from .halves import AttentionHalf, Branch, MlpHalf
+from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import is_identity, is_plain, weight_and_bias
-from .regularization import DropPath, LayerScale
+from .plain import LINEARS, Unfused, idle_child, plain_child, weight_and_bias
+from .regularization import DROP_PATHS, DropPath, LayerScale, layer_scale
 
 ATTN_LAYERS = {"": Attention, "attn": Attention}
 
@@ -86,51 +87,44 @@ class Block(nn.Module):
         return self._mlp_half(self._attention_half(x, attn_mask, is_causal))
 
     def _attention_half(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        parts = self._modules
-        attn, layer_scale, drop_path = parts["attn"], parts["ls1"], parts["drop_path1"]
-        norm = norm_arguments(parts["norm1"])
-        if norm is None or not _is_scaling(layer_scale, drop_path) or not is_plain(attn, Attention):
-            return self._attention_half_by_modules(x, attn_mask, is_causal)
-        qkv, proj, proj_drop = (attn._modules[name] for name in ("qkv", "proj", "proj_drop"))
-        if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear) and is_identity(proj_drop)):
-            return self._attention_half_by_modules(x, attn_mask, is_causal)
-        weight, bias = weight_and_bias(qkv)
-        if norm.weight is not None and norm.weight.dtype != weight.dtype:
-            return self._attention_half_by_modules(x, attn_mask, is_causal)
-        packed = ops.layer_norm_linear(
-            x, norm.weight, norm.bias, weight, bias, eps=norm.eps, norm=norm.norm, validate=False
-        )
-        tokens = attn.attend(packed, attn_mask, is_causal)
-        return ops.linear_residual(
-            tokens, *weight_and_bias(proj), x, **_scales(layer_scale, drop_path, x), validate=False
-        )
+        try:
+            half = attention_half(self)
+        except Unfused:
+            masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+            return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
+        return half(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def _mlp_half(self, x: Tensor) -> Tensor:
-        parts = self._modules
-        mlp, layer_scale, drop_path = parts["mlp"], parts["ls2"], parts["drop_path2"]
-        norm = norm_arguments(parts["norm2"])
-        arguments = None
-        if norm is not None and hasattr(type(mlp), "op_arguments") and _is_scaling(layer_scale, drop_path):
-            arguments = mlp.op_arguments(norm)
-        if arguments is None:
-            return self._mlp_half_by_modules(x)
-        return ops.layer_norm_mlp(x, **arguments, **_scales(layer_scale, drop_path, x), validate=False)
-
-    def _attention_half_by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        return x + self.drop_path1(
-            self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
-        )
-
-    def _mlp_half_by_modules(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        try:
+            half = mlp_half(self)
+        except Unfused:
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return half(x)
 
 
-def _is_scaling(layer_scale: nn.Module, drop_path: nn.Module) -> bool:
-    return is_plain(layer_scale, LayerScale, nn.Identity) and is_plain(drop_path, DropPath, nn.Identity)
+def attention_half(block: nn.Module, fold: bool = True) -> AttentionHalf:
+    """The half of a block whose parts are norm1, attn, ls1 and drop_path1, as timm names them.
+
+    Raises:
+        Unfused: if a part is to run its own forward.
+    """
+    attn = plain_child(block, "attn", ATTENTIONS)
+    if attn._modules.get("gate") is not None:
+        raise Unfused("attn has a gate on its output")
+    qkv, proj = plain_child(attn, "qkv", LINEARS), plain_child(attn, "proj", LINEARS)
+    idle_child(attn, "proj_drop")
+    weight, bias = weight_and_bias(qkv)
+    branch = Branch(layer_scale(block, "ls1"), plain_child(block, "drop_path1", DROP_PATHS), fold)
+    norm = norm_arguments(block, "norm1").beside(weight)
+    return AttentionHalf(norm, weight, bias, partial(attend, attn), *weight_and_bias(proj), branch)
 
 
-def _scales(layer_scale: nn.Module, drop_path: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    return {
-        "layer_scale": layer_scale.gamma if type(layer_scale) is LayerScale else None,
-        "sample_scale": drop_path.sample_scale(x) if type(drop_path) is DropPath else None,
-    }
+def mlp_half(block: nn.Module, fold: bool = True) -> MlpHalf:
+    """The half of a block whose parts are norm2, mlp, ls2 and drop_path2.
+
+    Raises:
+        Unfused: if a part is to run its own forward.
+    """
+    mlp = plain_child(block, "mlp", MLPS)
+    branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), fold)
+    return MlpHalf(MLPS[type(mlp)](mlp, norm_arguments(block, "norm2")), branch)

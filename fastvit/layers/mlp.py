@@ -1,7 +1,7 @@
 """The MLPs of vision transformers, with timm's arguments and parameter names.
 
-``op_arguments`` gives what `layer_norm_mlp` needs to compute the same thing, or None where only the
-module's own forward will do (a hook inside, dropout at work, an unknown activation).
+``MLPS`` says for each class what `layer_norm_mlp` needs to compute the same thing; where only the module's
+own forward will do (a hook inside, dropout at work, an unknown activation) that raises Unfused.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activation import activation_name
 from .norm import NormArguments, norm_arguments
-from .plain import is_identity, is_plain, known, weight_and_bias
+from .plain import LINEARS, Unfused, idle_child, is_identity, known, plain_child, weight_and_bias
 
 
 @known
@@ -46,12 +46,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.fc1(x)))
         return self.drop2(self.fc2(self.norm(x)))
-
-    def op_arguments(self, norm: NormArguments) -> dict | None:
-        fc1, activation = self._modules["fc1"], activation_name(self._modules["act"])
-        if activation is None or not is_plain(self, Mlp) or not is_plain(fc1, nn.Linear):
-            return None
-        return _common_arguments(self, norm, fc1, activation)
 
 
 @known
@@ -99,14 +93,6 @@ class GluMlp(nn.Module):
         x = first * self.act(second) if self.gate_last else self.act(first) * second
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
-    def op_arguments(self, norm: NormArguments) -> dict | None:
-        fc1 = self._modules["fc1"]
-        if self.gate_last or activation_name(self._modules["act"]) != "silu":
-            return None
-        if not is_plain(self, GluMlp) or not is_plain(fc1, nn.Linear):
-            return None
-        return _common_arguments(self, norm, fc1, "swiglu")
-
 
 SwiGLUPacked = partial(GluMlp, act_layer=nn.SiLU, gate_last=False)
 
@@ -153,34 +139,55 @@ class SwiGLU(nn.Module):
         x = self.act(self.fc1_g(x)) * self.fc1_x(x)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
-    def op_arguments(self, norm: NormArguments) -> dict | None:
-        gate, value = self._modules["fc1_g"], self._modules["fc1_x"]
-        if activation_name(self._modules["act"]) != "silu" or not is_plain(self, SwiGLU):
-            return None
-        if not is_plain(gate, nn.Linear) or not is_plain(value, nn.Linear):
-            return None
-        arguments = _common_arguments(self, norm, value, "swiglu")
-        if arguments is not None:
-            arguments["gate_weight"], arguments["gate_bias"] = weight_and_bias(gate)
-        return arguments
+
+def mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
+    """`layer_norm_mlp`'s arguments for fc1, activation, fc2, behind this norm."""
+    return _arguments(mlp, norm, plain_child(mlp, "fc1", LINEARS), activation_name(mlp))
 
 
-def _common_arguments(mlp: nn.Module, norm: NormArguments, fc1: nn.Linear, activation: str) -> dict | None:
-    """The arguments that all three share, or None if dropout, fc2 or the inner norm stands in the way."""
-    parts = mlp._modules
-    fc2, inner_norm = parts["fc2"], parts["norm"]
-    if not (is_identity(parts["drop1"]) and is_identity(parts["drop2"]) and is_plain(fc2, nn.Linear)):
-        return None
+def packed_swiglu_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
+    """The same for a gated MLP with one projection."""
+    if mlp.gate_last:
+        raise Unfused("its gate is the last half of the projection")
+    return _arguments(mlp, norm, plain_child(mlp, "fc1", LINEARS), _swiglu(mlp))
+
+
+def swiglu_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
+    """The same for a gated MLP with two projections."""
+    gate, value = plain_child(mlp, "fc1_g", LINEARS), plain_child(mlp, "fc1_x", LINEARS)
+    arguments = _arguments(mlp, norm, value, _swiglu(mlp))
+    arguments["gate_weight"], arguments["gate_bias"] = weight_and_bias(gate)
+    return arguments
+
+
+MLPS: dict[type[nn.Module], Callable[[nn.Module, NormArguments], dict]] = {
+    Mlp: mlp_arguments,
+    GluMlp: packed_swiglu_arguments,
+    SwiGLU: swiglu_arguments,
+}
+
+
+def _swiglu(mlp: nn.Module) -> str:
+    name = activation_name(mlp)
+    if name != "silu":
+        raise Unfused(f"its gate's activation is {name}")
+    return "swiglu"
+
+
+def _arguments(mlp: nn.Module, norm: NormArguments, fc1: nn.Module, activation: str) -> dict:
+    """The arguments that all three share."""
+    idle_child(mlp, "drop1")
+    idle_child(mlp, "drop2")
+    fc2 = plain_child(mlp, "fc2", LINEARS)
+    weight, bias = weight_and_bias(fc1)
+    norm.beside(weight)
     arguments = {"eps": norm.eps, "norm": norm.norm, "norm_weight": norm.weight, "norm_bias": norm.bias}
-    arguments["fc1_weight"], arguments["fc1_bias"] = weight_and_bias(fc1)
+    arguments |= {"fc1_weight": weight, "fc1_bias": bias, "activation": activation}
     arguments["fc2_weight"], arguments["fc2_bias"] = weight_and_bias(fc2)
-    if norm.weight is not None and norm.weight.dtype != arguments["fc1_weight"].dtype:
-        return None
-    arguments["activation"] = activation
-    if not is_identity(inner_norm):
-        inner = norm_arguments(inner_norm)
-        if inner is None or inner.weight is None or (inner.norm, inner.eps) != (norm.norm, norm.eps):
-            return None
+    if not is_identity(mlp._modules["norm"]):
+        inner = norm_arguments(mlp, "norm")
+        if inner.weight is None or (inner.norm, inner.eps) != (norm.norm, norm.eps):
+            raise Unfused("its inner norm is not of the kind of the norm before it")
         arguments["inner_norm_weight"], arguments["inner_norm_bias"] = inner.weight, inner.bias
     return arguments
 

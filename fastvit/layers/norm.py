@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .plain import is_plain, known, weight_and_bias
+from .plain import Unfused, known, plain_child, weight_and_bias
 
 
 @known
@@ -25,6 +25,14 @@ class RmsNorm(nn.RMSNorm):
 
 
 NORM_LAYERS = {"layernorm": LayerNorm, "rmsnorm": RmsNorm}
+
+# The ops' name for what a class computes.
+NORMS: dict[type[nn.Module], str] = {
+    LayerNorm: "layer_norm",
+    nn.LayerNorm: "layer_norm",
+    RmsNorm: "rms_norm",
+    nn.RMSNorm: "rms_norm",
+}
 
 
 def get_norm_layer(norm_layer: str | Callable[..., nn.Module] | None) -> Callable[..., nn.Module] | None:
@@ -53,11 +61,29 @@ class NormArguments(NamedTuple):
     bias: Tensor | None
     eps: float
 
+    def beside(self, weight: Tensor) -> "NormArguments":
+        """Itself, for a product with this weight.
 
-def norm_arguments(module: nn.Module) -> NormArguments | None:
-    """What the norm computes, or None if only its own forward knows."""
-    if is_plain(module, LayerNorm, nn.LayerNorm):
-        return NormArguments("layer_norm", *weight_and_bias(module), module.eps)
-    if is_plain(module, RmsNorm, nn.RMSNorm) and module.eps is not None:
-        return NormArguments("rms_norm", *weight_and_bias(module), module.eps)
-    return None
+        Raises:
+            Unfused: if the dtypes differ; torch's own layers would fail or promote, each in its way.
+        """
+        if self.weight is not None and self.weight.dtype != weight.dtype:
+            raise Unfused(f"a norm is in {self.weight.dtype} beside a weight in {weight.dtype}")
+        return self
+
+
+def norm_arguments(parent: nn.Module, name: str) -> NormArguments:
+    """What the norm of that name computes.
+
+    Raises:
+        Unfused: if only its own forward knows.
+    """
+    module = plain_child(parent, name, NORMS)
+    if module.eps is None:
+        raise Unfused(f"{name} has no eps of its own")
+    if len(module.normalized_shape) != 1:
+        raise Unfused(f"{name} is over {len(module.normalized_shape)} dimensions")
+    # timm's switch for norms in low precision, or in another library.
+    if module.__dict__.get("_fast_norm"):
+        raise Unfused(f"{name} is set to timm's fast norm")
+    return NormArguments(NORMS[type(module)], *weight_and_bias(module), module.eps)

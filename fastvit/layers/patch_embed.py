@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.patch_embed import to_unit_range
-from .plain import is_identity, is_plain, known
+from .plain import CONVOLUTIONS, is_identity, is_plain, known
 
 
 def to_2tuple(value: int | Iterable[int]) -> tuple[int, int]:
@@ -109,10 +109,10 @@ class PatchEmbed(nn.Module):
     def is_fusable(self) -> bool:
         """True if nothing here needs its own forward, so that the op `patch_embed` can do it all."""
         return (
-            is_plain(self, PatchEmbed)
-            and is_plain(self.proj, nn.Conv2d)
+            is_plain(self, (PatchEmbed,))
+            and is_plain(self.proj, CONVOLUTIONS)
             and is_identity(self.norm)
-            and _cuts_patches(self.proj, self.patch_size)
+            and cuts_patches(self.proj)
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,10 +127,10 @@ class PatchEmbed(nn.Module):
         return self.norm(x)
 
 
-def _cuts_patches(proj: nn.Conv2d, patch_size: tuple[int, int]) -> bool:
+def cuts_patches(proj: nn.Conv2d) -> bool:
     """False if someone made the patches overlap, or the convolution otherwise more than a cut."""
     return (
-        proj.stride == proj.kernel_size == patch_size
+        proj.stride == proj.kernel_size
         and proj.padding in ((0, 0), "valid")
         and proj.dilation == (1, 1)
         and proj.groups == 1

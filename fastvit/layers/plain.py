@@ -4,7 +4,10 @@ A block asks this of a dozen modules at every call. nn.Module's own attribute ac
 is asked here reads the modules' dictionaries.
 """
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -14,30 +17,44 @@ from torch.nn.modules.module import (
 
 from ..ops.overrides import overridden
 
+# Classes by what they compute. Other libraries' are added to such tables when their models are accelerated.
+LINEARS: dict[type[nn.Module], None] = {nn.Linear: None, NonDynamicallyQuantizableLinear: None}
+CONVOLUTIONS: dict[type[nn.Module], None] = {nn.Conv2d: None}
+IDENTITIES: dict[type[nn.Module], None] = {nn.Identity: None}
+DROPOUTS: dict[type[nn.Module], None] = {nn.Dropout: None}
+
 # Forwards as they were when fastvit was imported: whoever patches one for the whole process wants it to run.
 _FORWARDS = {
     layer: layer.forward
     for layer in (
-        nn.Conv2d,
-        nn.Dropout,
-        nn.GELU,
-        nn.Identity,
-        nn.LayerNorm,
-        nn.Linear,
-        nn.RMSNorm,
-        nn.ReLU,
-        nn.SiLU,
+        *(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.RMSNorm, nn.ReLU, nn.SiLU),
+        *(nn.ModuleList, nn.Sequential, NonDynamicallyQuantizableLinear),
     )
+    if hasattr(layer, "forward")
 }
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unfused(Exception):
+    """A module is to run its own forward: Unfused(reason), or Unfused(name, child) of a child not plain."""
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            return self.args[0]
+        name, child = self.args
+        return f"{name} {_why_not_plain(child)}"
 
 
 def known(layer: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: ``is_plain`` may be asked about this class."""
-    _FORWARDS[layer] = layer.forward
+    """Class decorator: ``is_plain`` may be asked about this class. One patched before is never plain."""
+    owner = next(base for base in layer.__mro__ if "forward" in base.__dict__)
+    written = (owner.__module__, f"{owner.__qualname__}.forward")
+    patched = (layer.forward.__module__, layer.forward.__qualname__) != written
+    _FORWARDS[layer] = None if patched else layer.forward
     return layer
 
 
-def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, classes: Collection[type[nn.Module]]) -> bool:
     """True if the module is exactly one of the (known) classes and calling it would run nothing else.
 
     A hook, a parametrisation, a LoRA or quantised replacement, a pruned weight, a weight whose type overrides
@@ -63,11 +80,34 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     )
 
 
+def plain_child(parent: nn.Module, name: str, classes: Collection[type[nn.Module]]) -> nn.Module:
+    """The child of that name.
+
+    Raises:
+        Unfused: if it is absent or not plain.
+    """
+    child = parent._modules.get(name)
+    if child is None or not is_plain(child, classes):
+        raise Unfused(name, child)
+    return child
+
+
+def idle_child(parent: nn.Module, name: str) -> None:
+    """See that the child of that name does nothing now: a plain Identity, or a Dropout that drops nothing.
+
+    Raises:
+        Unfused: if it does.
+    """
+    child = parent._modules.get(name)
+    if child is None or not is_identity(child):
+        raise Unfused(name, child)
+
+
 def is_identity(module: nn.Module) -> bool:
     """True for a plain nn.Identity, and for a plain nn.Dropout that drops nothing now."""
-    if type(module) is nn.Dropout:
-        return (module.p == 0.0 or not module.training) and is_plain(module, nn.Dropout)
-    return is_plain(module, nn.Identity)
+    if type(module) in DROPOUTS:
+        return (module.p == 0.0 or not module.training) and is_plain(module, DROPOUTS)
+    return is_plain(module, IDENTITIES)
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -76,3 +116,26 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if "weight" in own:
         return own["weight"], own["bias"] if "bias" in own else module.__dict__.get("bias")
     return module.weight, getattr(module, "bias", None)
+
+
+def _why_not_plain(child: nn.Module | None) -> str:
+    if child is None:
+        return "is absent"
+    if any(child.__dict__[kind] for kind in _HOOKS):
+        return "carries a hook"
+    if (
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    ):
+        return "is under a hook on every module of the process"
+    layer = type(child)
+    if "forward" in child.__dict__ or _FORWARDS.get(layer, layer.forward) is not layer.forward:
+        return "has a patched forward"
+    for name, tensor in child._parameters.items():
+        if tensor is not None and overridden((tensor,)):
+            return f"has a {type(tensor).__name__} as its {name}"
+    if type(child) in DROPOUTS and child.training and child.p:
+        return f"drops activations (p = {child.p}, in training)"
+    return f"is a {layer.__module__}.{layer.__qualname__}"

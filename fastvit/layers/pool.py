@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .mlp import Mlp
+from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
+from .plain import Unfused, plain_child
 from .weight_init import trunc_normal_scaled_
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
@@ -72,10 +73,12 @@ class AttentionPoolLatent(nn.Module):
         k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.proj(x)
-        norm = norm_arguments(self.norm)
-        arguments = self.mlp.op_arguments(norm) if norm is not None else None
-        x = x + self.mlp(self.norm(x)) if arguments is None else ops.layer_norm_mlp(x, **arguments)
-        return x[:, 0]
+        try:
+            mlp = plain_child(self, "mlp", MLPS)
+            arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm"))
+        except Unfused:
+            return (x + self.mlp(self.norm(x)))[:, 0]
+        return ops.layer_norm_mlp(x, **arguments)[:, 0]
 
 
 class AttentionPoolPrr(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .plain import known
+from .plain import known, plain_child
 
 
 @known
@@ -35,20 +35,40 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
 
-    def sample_scale(self, x: Tensor) -> Tensor | None:
-        """[B]: 0 for a dropped sample, 1 / keep probability for a kept one; None where nothing is dropped."""
-        if self.drop_prob == 0.0 or not self.training:
-            return None
-        keep = 1.0 - self.drop_prob
-        scale = x.new_empty(x.shape[0]).bernoulli_(keep)
-        return scale.div_(keep) if self.scale_by_keep and keep > 0.0 else scale
-
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.sample_scale(x)
+        scale = sample_scale(self, x)
         return x if scale is None else x * scale.view((x.shape[0],) + (1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
+
+
+# LayerScale's factor is its `gamma` or `weight`, whichever the class has.
+LAYER_SCALES: dict[type[nn.Module], str | None] = {LayerScale: "gamma", nn.Identity: None}
+# Any that are drawn as `sample_scale` draws.
+DROP_PATHS: dict[type[nn.Module], None] = {DropPath: None, nn.Identity: None}
+
+
+def layer_scale(parent: nn.Module, name: str) -> Tensor | None:
+    """[D], or None for an Identity.
+
+    Raises:
+        Unfused: if the child of that name is neither.
+    """
+    child = plain_child(parent, name, LAYER_SCALES)
+    factor = LAYER_SCALES[type(child)]
+    return None if factor is None else getattr(child, factor)
+
+
+def sample_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
+    """[B]: 0 for a dropped sample, 1 / keep probability for a kept one; None where nothing is dropped."""
+    if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
+        return None
+    if not drop_path.drop_prob:
+        return None
+    keep = 1.0 - drop_path.drop_prob
+    scale = x.new_empty(x.shape[0]).bernoulli_(keep)
+    return scale.div_(keep) if getattr(drop_path, "scale_by_keep", True) and keep > 0.0 else scale
 
 
 class PatchDropout(nn.Module):

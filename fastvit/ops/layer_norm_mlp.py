@@ -28,6 +28,7 @@ def layer_norm_mlp(
     gate_bias: Tensor | None = None,
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
+    fold: bool = True,
     validate: bool = True,
 ) -> Tensor:
     """x + sample_scale * layer_scale * fc2(inner_norm(act(fc1(norm(x))))).
@@ -46,6 +47,8 @@ def layer_norm_mlp(
         sample_scale: [B] or None, one factor a sample (stochastic depth).
         gate_weight, gate_bias: [M, D] and [M], a gate of its own for "swiglu", or None.
         inner_norm_weight, inner_norm_bias: [M] or None, a norm between activation and fc2.
+        fold: where no gradient is recorded, LayerScale may be multiplied into a copy of the weight that is
+            kept until one of them changes; False leaves it a factor of its own.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
@@ -71,14 +74,14 @@ def layer_norm_mlp(
     options = {"eps": eps, "activation": activation, "norm": norm, **optional}
     tensors = (*required, *optional.values())
     if overridden(tensors):
-        return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
+        return handle_torch_function(layer_norm_mlp, tensors, *required, **options, fold=fold)
     if validate:
         _check(*required, activation, norm, **optional)
     backend = backends.resolve("layer_norm_mlp", *required, **options)
     if backend in ("cpp", "cuda"):
         from .layer_norm_mlp_native import layer_norm_mlp as native
 
-        return native(*required, **options)
+        return native(*required, **options, fold=fold)
     return reference(*required, **options)
 
 

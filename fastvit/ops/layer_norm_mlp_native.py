@@ -1,6 +1,6 @@
 """layer_norm_mlp in the compiled libraries: the registered ops, their shapes, and their gradients.
 
-    fastvit::layer_norm_mlp_fwd(x, ..., keep, save) -> out [B, N, D], and with ``save`` what backward needs
+    fastvit::layer_norm_mlp_fwd(x, ..., keep, fold, save) -> out [B, N, D], and with ``save`` the saved
     fastvit::layer_norm_mlp_bwd(grad, x, saved, ..., needs) -> the gradients that are needed, in order
 
 Saved are the norms' statistics, what entered the activation and, beside LayerScale, fc2's output; all else is
@@ -48,13 +48,15 @@ class Inputs(NamedTuple):
         return self._replace(**{name: t.to(dtype) for name, t in given.items() if t is not None})
 
 
-def layer_norm_mlp(*first: Tensor | None, eps: float, activation: str, norm: str, **rest) -> Tensor:
+def layer_norm_mlp(
+    *first: Tensor | None, eps: float, activation: str, norm: str, fold: bool, **rest
+) -> Tensor:
     """The public op's call; under autocast products are in low precision, and the sum as x is."""
     inputs = Inputs(*first, **rest)
     dtype = compute_dtype(inputs.fc1_weight)
     if needs_gradient(*inputs):
         return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype))
-    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, True, False)[0]
+    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, True, fold, False)[0]
 
 
 class _LayerNormMlp(Function):
@@ -62,7 +64,7 @@ class _LayerNormMlp(Function):
     def forward(ctx, eps, activation, norm, *tensors):
         inputs = Inputs(*tensors)
         dtype = inputs.fc1_weight.dtype
-        out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, True)
+        out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, False, True)
         ctx.save_for_backward(*inputs._replace(fc1_bias=None, gate_bias=None, fc2_bias=None), *saved)
         ctx.options = (eps, activation, norm)
         return out
@@ -82,20 +84,20 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
 
 
 def _fwd_kernels(*arguments):
-    inputs, (eps, activation, norm, dtype, keep, save) = Inputs(*arguments[:13]), arguments[13:]
-    fc1 = native.weights(inputs.x, inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep)
-    fc2 = native.weights(inputs.x, inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep)
+    inputs, (eps, activation, norm, dtype, keep, fold, save) = Inputs(*arguments[:13]), arguments[13:]
+    fc1 = native.weights(inputs.x, inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep, fold)
+    fc2 = native.weights(inputs.x, inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep, fold)
     ready = inputs._replace(fc1_weight=fc1[0], fc1_bias=fc1[1], fc2_weight=fc2[0], fc2_bias=fc2[1])
     ready = ready._replace(layer_scale=fc2[2])
     if inputs.gate_weight is not None:
-        gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep)
+        gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep, fold)
         ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
     tf32 = native.allows_tf32(inputs.x)
     return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, tf32)
 
 
 def _fwd_shapes(*arguments):
-    inputs, (_, _, norm, dtype, _, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, (_, _, norm, dtype, _, _, save) = Inputs(*arguments[:13]), arguments[13:]
     x, out = inputs.x, inputs.x.new_empty(inputs.x.shape)
     if not save:
         return out, []
@@ -109,10 +111,10 @@ def _fwd_shapes(*arguments):
 
 
 def _fwd_autograd(*arguments):
-    inputs, (eps, activation, norm, dtype, keep, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, (eps, activation, norm, dtype, keep, fold, save) = Inputs(*arguments[:13]), arguments[13:]
     if needs_gradient(*inputs):
         return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype)), []
-    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, keep, save)
+    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, keep, fold, save)
 
 
 def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
@@ -132,7 +134,8 @@ def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, 
 
 
 _fwd = registration.register(
-    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool keep, bool save) -> (Tensor, Tensor[])",
+    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool keep, bool fold, bool save) "
+    "-> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

@@ -50,28 +50,34 @@ FEW_ROWS = 16
 
 
 def weights(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype, keep: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+    fold: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The weight, bias and LayerScale of a product as the library is to read them beside x [B, N, K].
 
-    What can be kept until a parameter changes is cast to ``dtype``, has LayerScale folded in (None is left of
-    it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
+    What can be kept until a parameter changes is cast to ``dtype``, with ``fold`` has LayerScale multiplied
+    in (None is left of it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
     """
-    packs = _packs(x, dtype)
-    changed = scale is not None or weight.dtype != dtype
+    packs, factor = _packs(x, dtype), scale if fold else None
+    changed = factor is not None or weight.dtype != dtype
 
     def prepared() -> tuple[Tensor, Tensor | None]:
         ready, ready_bias = weight, None
         if changed:
-            ready = (weight if scale is None else weight * scale[:, None]).to(dtype, copy=True)
+            ready = (weight if factor is None else weight * factor[:, None]).to(dtype, copy=True)
         if changed and bias is not None:
-            ready_bias = (bias if scale is None else bias * scale).to(dtype, copy=True)
+            ready_bias = (bias if factor is None else bias * factor).to(dtype, copy=True)
         return torch.ops.mkldnn._reorder_linear_weight(ready) if packs else ready, ready_bias
 
     if keep and (changed or packs):
-        value = kept(("linear", dtype, packs), (weight, bias if changed else None, scale), prepared)
+        value = kept(("linear", dtype, packs), (weight, bias if changed else None, factor), prepared)
         if value is not None:
-            return value[0], value[1] if changed else bias, None
+            return value[0], value[1] if changed else bias, None if fold else scale
     return weight.to(dtype), None if bias is None else bias.to(dtype), scale
 
 

@@ -1,0 +1,69 @@
+"""Which of other libraries' classes are replaced by which of ours, and which are known to be left alone.
+
+Ours are subclasses of the same name in modules of their own, so that a model that was accelerated pickles,
+copies and prints as before, and ``isinstance`` holds.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import nn
+
+# Our module, by the library's module whose classes it replaces: imported once that one is.
+FAMILIES = {
+    "timm.models.vision_transformer": "timm_vit",
+    "timm.models.eva": "timm_eva",
+}
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
+# The same for classes that are replaced only as the direct children of a replaced module.
+PARTS: dict[type[nn.Module], type[nn.Module]] = {}
+# Classes of blocks that are understood well enough to say why the ops do not compute them.
+LEFT_ALONE: dict[type[nn.Module], str] = {}
+_tried: set[str] = set()
+
+
+def replaces(original: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: this subclass of ``original`` takes its place."""
+
+    def register(replacement: type[nn.Module]) -> type[nn.Module]:
+        replacement.original = original
+        REPLACEMENTS[original] = replacement
+        return replacement
+
+    return register
+
+
+def part(original: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: this subclass takes the place of ``original`` in the modules that we replace."""
+
+    def register(replacement: type[nn.Module]) -> type[nn.Module]:
+        replacement.original = original
+        PARTS[original] = replacement
+        return replacement
+
+    return register
+
+
+def load_families() -> None:
+    """Import ours for every library that has been imported; one whose version does not fit is named, once."""
+    for library, name in FAMILIES.items():
+        if library in sys.modules and library not in _tried:
+            _tried.add(library)
+            try:
+                importlib.import_module(f"{__package__}.{name}")
+            except (ImportError, AttributeError) as error:
+                warnings.warn(f"fastvit does not fit this {library}: {error}", stacklevel=4)
+
+
+def classes(module: ModuleType, *names: str) -> list[type[nn.Module]]:
+    """The classes of a library that there are by these names, of which older versions lack some."""
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the module is one of ours now."""
+    original = getattr(type(module), "original", None)
+    return original is not None and type(module) in (REPLACEMENTS.get(original), PARTS.get(original))

@@ -1,0 +1,98 @@
+"""`accelerate` and `restore`: classes are exchanged, and nothing else of the model is touched."""
+
+import warnings
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from ..backends import TABLE
+from ..layers.block import Block
+from .blocks import SETTINGS, Settings
+from .candidates import why_left_alone
+from .registry import PARTS, REPLACEMENTS, is_replaced, load_families
+
+MODES = ("train", "inference")
+
+
+def accelerate(
+    model: nn.Module, mode: str = "train", ops: Collection[str] | None = None, strict: bool = False
+) -> nn.Module:
+    """Run a model's vision transformer blocks and patch embedding on fastvit's ops.
+
+    It changes the classes of modules, in place. Parameters, buffers, state-dict keys, hooks on blocks and the
+    object itself stay; ``restore`` takes it back.
+
+    Args:
+        model: a model of timm, Hugging Face transformers, torchvision, open_clip or fastvit, or one that
+            holds such models.
+        mode: "train" folds nothing; "inference" lets LayerScale be folded into copies of the weights, which
+            follow the weights' changes.
+        ops: the ops to use, of fastvit.ops; the others run as torch's own. None for all.
+        strict: raise where a block is left alone.
+
+    Returns:
+        The same object. What is not understood is left as it is: ``explain`` says why.
+
+    Raises:
+        TypeError: for something that is no nn.Module, or is scripted.
+        ValueError: for an unknown mode or op, a module sharded by FSDP already, or with ``strict`` a block
+            that is left alone.
+    """
+    _check(model, mode, ops)
+    load_families()
+    others = () if ops is None else tuple(op for op in TABLE if op not in ops)
+    settings = Settings(mode == "inference", others)
+    left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
+    if strict and left:
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left.items())
+        raise ValueError(f"accelerate(strict=True) leaves blocks alone: {reasons}")
+    found = [*_accelerated(model, settings)]
+    if not found:
+        why = next(iter(left.values()), "it holds no block of a vision transformer that fastvit knows")
+        message = f"accelerate changed nothing in {type(model).__name__}: {why}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``: every class is its library's own again. Weights were never changed."""
+    for module in model.modules():
+        if is_replaced(module):
+            module.__class__ = type(module).original
+        module.__dict__.pop(SETTINGS, None)
+    return model
+
+
+def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if not is_replaced(module) and type(module) in REPLACEMENTS:
+            module.__class__ = REPLACEMENTS[type(module)]
+        if is_replaced(module):
+            for child in module.children():
+                child.__class__ = PARTS.get(type(child), type(child))
+        if is_replaced(module) or isinstance(module, Block):
+            module.__dict__[SETTINGS] = settings
+            yield module
+
+
+def _check(model: nn.Module, mode: str, ops: Collection[str] | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("accelerate cannot change a scripted model: accelerate first, or use torch.compile")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    unknown = [op for op in ops or () if op not in TABLE]
+    if unknown:
+        raise ValueError(f"unknown op {unknown[0]!r}; the ops are {', '.join(TABLE)}")
+    wrapped = [
+        name for name, m in model.named_modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))
+    ]
+    if wrapped:
+        raise ValueError(
+            f"{wrapped[0] or 'the model'} is sharded by FSDP: accelerate the model first, then shard it"
+        )

@@ -1,0 +1,88 @@
+"""How timm's models make tokens of images, in one op: patches, prefix tokens and positions.
+
+timm calls ``patch_embed``, then ``_pos_embed``, in several methods. So that all of them are served as they
+are written, the finished tokens travel through both calls in an `Embedded`, which no one else ever sees.
+"""
+
+from typing import NamedTuple
+
+import torch
+from timm import layers
+from torch import Tensor, nn
+
+from .. import ops, recording
+from ..call_facts import compute_dtype
+from ..layers.patch_embed import cuts_patches
+from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
+from .blocks import Settings
+from .registry import part
+
+
+class Embedded(NamedTuple):
+    """Tokens [B, P + N, D] with prefix and positions, the shape of the images, and their grid of patches."""
+
+    tokens: Tensor
+    shape: torch.Size
+    grid: tuple[int, int]
+
+
+@known
+@part(layers.PatchEmbed)
+class PatchEmbed(layers.PatchEmbed):
+    def forward(self, x: Tensor | Embedded) -> Tensor | Embedded:
+        return x if isinstance(x, Embedded) else super().forward(x)
+
+
+def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
+    """The images as they are to go through the model: embedded already, or as they are."""
+    try:
+        arguments, grid = gather(model, images)
+    except Unfused as reason:
+        with recording.inside("patch_embed"):
+            recording.ran_its_own_forward(reason)
+        return images
+    with recording.inside("patch_embed"), Settings.of(model).context():
+        return Embedded(ops.patch_embed(*arguments), images.shape, grid)
+
+
+def gather(model: nn.Module, images: Tensor) -> tuple[tuple, tuple[int, int]]:
+    """`patch_embed`'s arguments, and the grid of patches.
+
+    Raises:
+        Unfused: if timm's own code is to do it; wrong sizes too, which it says in its way.
+    """
+    embed = plain_child(model, "patch_embed", (PatchEmbed,))
+    proj = plain_child(embed, "proj", CONVOLUTIONS)
+    idle_child(embed, "norm")
+    weight, bias = weight_and_bias(proj)
+    if not cuts_patches(proj):
+        raise Unfused("its convolution does more than to cut patches")
+    if not isinstance(images, Tensor):
+        raise Unfused(f"it is called with a {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != weight.shape[1] or images.dtype != weight.dtype:
+        raise Unfused("the images do not fit the projection's channels or dtype")
+    height, width = images.shape[2:]
+    (ph, pw), strict = embed.patch_size, embed.strict_img_size
+    if height % ph or width % pw or (strict and embed.img_size and (height, width) != tuple(embed.img_size)):
+        raise Unfused("the images are not of the model's size")
+    grid = (height // ph, width // pw)
+    prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
+    prefix = torch.cat(prefix, dim=1) if len(prefix) > 1 else (prefix or [None])[0]
+    positions = _positions(model, grid)
+    for tensor in (positions, prefix):
+        if tensor is not None and tensor.dtype != weight.dtype and compute_dtype(weight) == weight.dtype:
+            raise Unfused("its tokens and its projection have different dtypes")
+    return (images, weight, bias, positions, prefix), grid
+
+
+def _positions(model: nn.Module, grid: tuple[int, int]) -> Tensor | None:
+    if model.pos_embed is None:
+        return None
+    num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    if not model.dynamic_img_size:
+        if model.pos_embed.shape[1] != num_prefix + grid[0] * grid[1]:
+            raise Unfused("its positions are not those of its grid")
+        return model.pos_embed
+    return layers.resample_abs_pos_embed(
+        model.pos_embed, new_size=grid, old_size=model.patch_embed.grid_size, num_prefix_tokens=num_prefix
+    )

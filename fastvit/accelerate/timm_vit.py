@@ -1,0 +1,43 @@
+"""timm's VisionTransformer and its pre-norm block."""
+
+from timm.models import vision_transformer
+from torch import Tensor
+
+from ..layers.block import attention_half, mlp_half
+from ..layers.halves import AttentionHalf, MlpHalf
+from . import timm_layers
+from .blocks import FusedBlock
+from .registry import LEFT_ALONE, classes, replaces
+from .timm_embedding import Embedded, embedded
+
+timm_layers.enter()
+
+for _layer in classes(vision_transformer, "ResPostBlock"):
+    LEFT_ALONE[_layer] = "its norms come behind attention and MLP, where no op has them"
+for _layer in classes(vision_transformer, "ParallelScalingBlock", "DiffParallelScalingBlock"):
+    LEFT_ALONE[_layer] = "its attention and MLP are parallel, behind one norm"
+for _layer in classes(vision_transformer, "ParallelThingsBlock"):
+    LEFT_ALONE[_layer] = "its attentions are parallel, and its MLPs"
+
+
+@replaces(vision_transformer.Block)
+class Block(FusedBlock, vision_transformer.Block):
+    def gather(
+        self, fold: bool, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[AttentionHalf, MlpHalf, dict]:
+        options = {"attn_mask": attn_mask, "is_causal": is_causal}
+        return attention_half(self, fold), mlp_half(self, fold), options
+
+
+@replaces(vision_transformer.VisionTransformer)
+class VisionTransformer(vision_transformer.VisionTransformer):
+    def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return super().forward_features(embedded(self, x), *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        return super().forward_intermediates(embedded(self, x), *args, **kwargs)
+
+    def _pos_embed(self, x: Tensor | Embedded) -> Tensor:
+        if not isinstance(x, Embedded):
+            return super()._pos_embed(x)
+        return x.tokens if self.pos_embed is None else self.pos_drop(x.tokens)
