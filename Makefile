@@ -16,7 +16,7 @@ STAMP := .venv/.stamp
 OLD_TRITON := 3.6.0
 OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
 
-.PHONY: setup demo test test-gpu bench lint aot asan cuda wheel
+.PHONY: setup demo test test-gpu bench lint aot asan coverage cuda wheel
 
 setup: $(STAMP)
 
@@ -81,8 +81,15 @@ asan: $(STAMP)
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py tests/test_native_calls.py \
 		-p no:cacheprovider --library build/asan/_fastvit_cpu.so
 
+# docs/coverage.md: which of timm's architectures are served, by how much their outputs differ.
+coverage: $(STAMP)
+	$(BIN)/python -m fastvit_benchmarks.coverage docs/coverage.md
+
 # Needs nvcc and no GPU: every kernel for every architecture, with warnings and spills as errors, then the library.
+# Of CUTLASS only the headers are used, and not what its Python package asks for.
+CUTLASS := 4.2.0.0
 cuda: $(STAMP)
+	$(PIP) install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(BIN)/python csrc/cuda_report.py
 	FASTVIT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	@$(BIN)/python -c "from fastvit.extension import load_ops; load_ops('cuda')"

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.ops import native
+
 from . import halves
-from .op_bench import Inputs, Provider, Results
+from .op_bench import Inputs, Provider, Results, differentiated
 from .op_screen import command
 
 
@@ -57,8 +59,38 @@ def onednn(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
     return run
 
 
+def tanh_epilogue(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
+    """What a GPU's library has in an epilogue, which is the tanh form of GELU: right in bfloat16 at most."""
+    fc1, fc2 = inputs["fc1_weight"].T, inputs["fc2_weight"].T
+    x, norm = inputs["x"], (inputs["norm_weight"], inputs["norm_bias"], 1e-6)
+
+    @torch.no_grad()
+    def run() -> Results:
+        h = F.layer_norm(x, x.shape[-1:], *norm).flatten(0, 1)
+        a = torch._addmm_activation(inputs["fc1_bias"], h, fc1, use_gelu=True)
+        return (x + torch.addmm(inputs["fc2_bias"], a, fc2).view_as(x),)
+
+    return run
+
+
+def with_fc1(provider: Provider, fused: bool) -> Provider:
+    """The same with GELU in fc1's epilogue, if the library has a kernel for it, or in a pass of its own."""
+
+    def prepare(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
+        with native.fusing(fused):
+            run = provider(case, inputs)
+        return native.fusing(fused)(run)
+
+    return prepare
+
+
 def providers(case: LayerNormMlp, device: torch.device) -> tuple[dict[str, Provider], dict[str, str]]:
     given, absent = halves.providers(case, device)
+    if device.type == "cuda":
+        library = differentiated(halves.on_backend(case, "cuda"))
+        given |= {"fastvit cuda": with_fc1(library, False), "fastvit cuda, fused": with_fc1(library, True)}
+        if case.direction == "fwd" and case.dtype in ("bfloat16", "float16"):
+            given["cublaslt, tanh"] = tanh_epilogue
     if device.type == "cpu" and case.direction == "fwd":
         given["onednn packed"] = onednn
     return given, absent

@@ -4,7 +4,7 @@ Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled 
 """
 
 from . import ops
-from .accelerate import accelerate, restore
+from .accelerate import accelerate, fold_normalize, restore
 from .backends import use_backend
 from .checkpoint import load_checkpoint
 from .derived import refresh
@@ -16,6 +16,7 @@ from .errors import (
     FastvitError,
     ParityError,
 )
+from .explanation import Explanation, explain
 from .variants import create_model, list_models
 from .verification import verify
 from .vit import VisionTransformer
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
+    "Explanation",
     "ExtensionMismatch",
     "ExtensionNotBuilt",
     "FastvitError",
@@ -32,6 +34,8 @@ __all__ = [
     "VisionTransformer",
     "accelerate",
     "create_model",
+    "explain",
+    "fold_normalize",
     "list_models",
     "load_checkpoint",
     "ops",

@@ -32,12 +32,14 @@ def _always(*args, **kwargs) -> None:
 class Backend(NamedTuple):
     """One row: a name, and functions of the call that answer None or the reason why not.
 
-    ``can_run``: why it cannot run. ``worth``: why "auto" leaves it, though it can.
+    ``can_run``: why it cannot run. ``worth``: why "auto" leaves it, though it can. ``device``: the kind that
+    it is made for.
     """
 
     name: str
     can_run: Callable[..., str | None]
     worth: Callable[..., str | None] = _always
+    device: str | None = None
 
 
 def _native(op: str) -> tuple[Backend, Backend]:
@@ -47,6 +49,7 @@ def _native(op: str) -> tuple[Backend, Backend]:
             name,
             functools.partial(native_backend.can_run, op, device),
             functools.partial(native_backend.worth, op, device),
+            device,
         )
         for name, device in (("cuda", "cuda"), ("cpp", "cpu"))
     )
@@ -56,12 +59,12 @@ _REFERENCE = Backend("reference", _always)
 
 TABLE: dict[str, tuple[Backend, ...]] = {
     "patch_embed": (
-        Backend("triton", triton_backend.can_run_patch_embed, triton_backend.worth_patch_embed),
+        Backend("triton", triton_backend.can_run_patch_embed, triton_backend.worth_patch_embed, "cuda"),
         _REFERENCE,
     ),
     "layer_norm_linear": (*_native("layer_norm_linear"), _REFERENCE),
     "attention": (
-        Backend("triton", triton_backend.can_run_attention, triton_backend.worth_attention),
+        Backend("triton", triton_backend.can_run_attention, triton_backend.worth_attention, "cuda"),
         _REFERENCE,
     ),
     "linear_residual": (*_native("linear_residual"), _REFERENCE),
@@ -106,6 +109,7 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
 
 
+_HINT = "; FASTVIT_UNMEASURED=1 uses it all the same"
 _disabled, _unmeasured = _is_set("FASTVIT_DISABLE"), _is_set("FASTVIT_UNMEASURED")
 
 # A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
@@ -184,7 +188,7 @@ def resolve(op: str, *args, **kwargs) -> str:
             continue
         reason = row.can_run(*args, **kwargs)
         if reason is None and name == "auto":
-            reason = _not_worth(row, *args, **kwargs)
+            reason = _not_worth(row, _HINT, *args, **kwargs)
         if reason is None:
             if recording.active:
                 _record(op, row.name, *args, **kwargs)
@@ -197,14 +201,14 @@ def resolve(op: str, *args, **kwargs) -> str:
 
 def _record(op: str, chosen: str, *args, **kwargs) -> None:
     served = any(row.can_run(*args, **kwargs) is None for row in TABLE[op] if row.name != "reference")
-    reason = _why(op, chosen, *args, **kwargs)
+    reason = _why(op, chosen, "", *args, **kwargs)
     for recorder in recording.active:
         recorder.add(op, chosen, served, reason)
 
 
-def _not_worth(row: Backend, *args, **kwargs) -> str | None:
+def _not_worth(row: Backend, hint: str, *args, **kwargs) -> str | None:
     reason = None if _unmeasured else row.worth(*args, **kwargs)
-    return None if reason is None else f"{reason}; FASTVIT_UNMEASURED=1 uses it all the same"
+    return None if reason is None else reason + hint
 
 
 def _say_once(op: str, name: str, reason: str) -> None:
@@ -223,20 +227,25 @@ def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
         except BackendUnavailable as error:
             rows.append((op, "unavailable", str(error)))
         else:
-            rows.append((op, chosen, _why(op, chosen, *args, **kwargs)))
+            rows.append((op, chosen, _why(op, chosen, _HINT, *args, **kwargs)))
     return rows
 
 
-def _why(op: str, chosen: str, *args, **kwargs) -> str:
+def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
     if requested(op) != "auto":
         return "asked for by name"
     if _disabled:
         return "FASTVIT_DISABLE is set"
-    names_by_reason: dict[str, list[str]] = {}
+    passed = []
     for row in TABLE[op]:
         if row.name == chosen:
             break
-        reason = row.can_run(*args, **kwargs) or _not_worth(row, *args, **kwargs)
+        passed.append((row, row.can_run(*args, **kwargs) or _not_worth(row, hint, *args, **kwargs)))
+    here = next((value.device.type for value in args if isinstance(value, torch.Tensor)), None)
+    # What is made for another kind of device is worth no word beside what is made for this one.
+    telling = [(row, reason) for row, reason in passed if here is None or row.device == here] or passed
+    names_by_reason: dict[str, list[str]] = {}
+    for row, reason in telling:
         names_by_reason.setdefault(reason, []).append(row.name)
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
     return "; ".join(reasons) or "first in the table"

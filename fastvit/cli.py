@@ -25,6 +25,8 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+MODEL = typer.Argument(help="A variant of ours, a timm model, or a folder of a Hugging Face model.")
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights; random ones if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1. Default: a GPU if there is one.")
@@ -45,11 +47,9 @@ def info(json: Json = False) -> None:
 
 @app.command()
 def verify(
-    model: Annotated[
-        str | None, typer.Argument(help="A variant's name, as in fastvit.list_models().")
-    ] = None,
+    model: Annotated[str | None, MODEL] = None,
     ops: Annotated[bool, typer.Option("--ops", help="Judge the five ops in every data regime.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; random ones if not given.")] = None,
+    checkpoint: Checkpoint = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the batch.")] = 2,
     dtype: Annotated[Dtype, typer.Option(help="The model's dtype.")] = Dtype.float32,
     backward: Annotated[bool, typer.Option(help="Judge the parameters' gradients too.")] = False,
@@ -72,6 +72,24 @@ def verify(
         console.print(report)
     report.raise_if_failed()
     console.print(f"{len(report.rows)} checks, all within the contract")
+
+
+@app.command()
+def explain(
+    model: Annotated[str, MODEL],
+    arch: Annotated[str | None, typer.Option(help="Answer for this GPU architecture, as in sm_90.")] = None,
+    checkpoint: Checkpoint = None,
+    flops: Annotated[bool, typer.Option(help="Count FLOPs too.")] = True,
+    json: Json = False,
+) -> None:
+    """Show which backend serves each op of a model, and why, here or for a GPU that is not here."""
+    from .commands import explain_command
+
+    explanation = explain_command(model, checkpoint, arch, flops)
+    if json:
+        typer.echo(explanation.to_json())
+    else:
+        _console().print(explanation)
 
 
 @app.command()

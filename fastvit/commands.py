@@ -9,9 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from .accelerate import accelerate
+from .accelerate.candidates import blocks_of
+from .accelerate.example import example_input
 from .contract import Report
+from .explanation import Explanation, explain
 from .gemm_libraries import gemm_libraries
-from .variants import create_model
+from .model_names import load_model
 from .verification import op_cases, randomize, verify, verify_op
 
 
@@ -36,22 +40,38 @@ def verify_model_command(
     backward: bool,
     device: str | None,
 ) -> Report:
-    """A variant, by timm's own implementation of it where timm is installed, else by its own float64 copy."""
+    """A variant of ours by timm's implementation of it; another library's model, accelerated, by its own."""
     place = pick_device(device)
-    model = create_model(name, checkpoint)
-    if checkpoint is None:
+    named = load_model(name, checkpoint)
+    model = named.model
+    if named.is_random:
         randomize(model)
         console.print(f"{name} with random weights (pass --checkpoint for real ones)")
     model = model.to(place, getattr(torch, dtype)).eval()
-    oracle = _timm_twin(name, model)
-    if oracle is None:
-        console.print("timm is not installed: judged by the model's own float64 copy on torch's ops")
-    else:
+    oracle = None
+    if named.library != "fastvit":
+        _accelerate(name, model)
+        console.print(f"judged by {named.library}'s own model in float64")
+    elif (oracle := _timm_twin(name, model)) is not None:
         console.print("judged by timm's implementation in float64")
-    images = torch.randn(batch_size, model.in_chans, *model.patch_embed.img_size, device=place)
-    images = images.to(getattr(torch, dtype))
+    else:
+        console.print("timm is not installed: judged by the model's own float64 copy on torch's ops")
+    images = example_input(model, batch_size, torch.Generator().manual_seed(0))
     with _progress(console, 2 + len(gemm_libraries(place))) as step:
         return verify(model, images, backward=backward, oracle=oracle, on_step=step)
+
+
+def explain_command(name: str, checkpoint: Path | None, arch: str | None, flops: bool) -> Explanation:
+    """The model, accelerated, explained on this machine or for another architecture."""
+    model = load_model(name, checkpoint).model.eval()
+    _accelerate(name, model)
+    return explain(model, example_input(model) if flops else None, arch)
+
+
+def _accelerate(name: str, model: nn.Module) -> None:
+    if not blocks_of(model):
+        raise ValueError(f"{name} has no block of a vision transformer: there is nothing to accelerate")
+    accelerate(model)
 
 
 def pick_device(device: str | None) -> torch.device:

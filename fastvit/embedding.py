@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, recording
 from .layers.patch_embed import PatchEmbed
 from .layers.plain import weight_and_bias
 from .layers.pos_embed import resize_pos_embed
+from .layers.settings import Settings
 
 # It asks for sizes, which torch.fx does not know while it traces: a leaf in its graphs.
 torch.fx.wrap("resize_pos_embed")
@@ -15,17 +16,23 @@ torch.fx.wrap("resize_pos_embed")
 class Embedding:
     """The part of VisionTransformer in front of its blocks."""
 
+    normalizes = True  # fold_normalize may ask it to
+
     def _embed(self, images: Tensor) -> Tensor:
         """Images to tokens with prefix and positions, up to the first block."""
         embed = self.patch_embed
         adds_positions = type(self)._pos_embed is Embedding._pos_embed and "_pos_embed" not in self.__dict__
+        settings = Settings.of(self)
         if isinstance(embed, PatchEmbed) and embed.is_fusable() and adds_positions:
             images = embed.fit(images, crop=True)
             positions = self._positions(embed.dynamic_feat_size(images.shape[-2:]))
-            x = ops.patch_embed(images, *weight_and_bias(embed.proj), positions, self._prefix())
+            parts = (*weight_and_bias(embed.proj), positions, self._prefix())
+            with recording.inside("patch_embed"), settings.context():
+                x = ops.patch_embed(images, *parts, mean=settings.mean, std=settings.std)
             x = x if positions is None else self.pos_drop(x)
         else:
-            x = self._pos_embed(embed(images))
+            recording.ran_its_own_forward("its patch embedding, or something in it, is not plain")
+            x = self._pos_embed(embed(settings.normalized(images, next(embed.parameters()).dtype)))
         return self.norm_pre(self.patch_drop(x))
 
     def _pos_embed(self, x: Tensor) -> Tensor:

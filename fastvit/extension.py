@@ -23,7 +23,10 @@ NOT_INSTALLED = (
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What the compiled module was built with. `torch` may be "none"; `cuda` is what FASTVIT_CUDA was."""
+    """What the compiled module was built with. `torch` may be "none"; `cuda` is what FASTVIT_CUDA was.
+
+    `cutlass` is the version that products with the activation in their epilogue are made of, or "none".
+    """
 
     version: str
     compiler: str
@@ -31,13 +34,14 @@ class BuildInfo:
     torch: str
     cuda: str
     cuda_archs: tuple[str, ...]
+    cutlass: str = "none"
 
     def __str__(self) -> str:
         archs = ", ".join(self.cuda_archs) or "none"
         standard = f"C++{self.cxx_standard // 100 % 100}"
         return (
             f"fastvit {self.version}, {self.compiler}, {standard}, built beside torch {self.torch}, "
-            f"FASTVIT_CUDA={self.cuda}, CUDA architectures: {archs}"
+            f"FASTVIT_CUDA={self.cuda}, CUDA architectures: {archs}, CUTLASS: {self.cutlass}"
         )
 
 

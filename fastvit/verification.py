@@ -1,17 +1,20 @@
 """Apply the parity contract: to the five ops in every data regime, and to whole models block by block."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .accelerate import restore
+from .accelerate.candidates import blocks_of
+from .accelerate.example import Inputs
 from .backends import use_backend
 from .contract import Check, Report, gemm_libraries, judge, judge_top1
 from .regimes import OPS, REGIMES, float64, regimes_of
+from .tracing import in_float64, trace
 
 GEMM_OPS = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +67,7 @@ def _within(context: Callable, function: Callable, inputs: dict[str, Tensor]) ->
 
 def verify(
     model: nn.Module,
-    x: Tensor,
+    x: Inputs,
     *,
     backward: bool = False,
     oracle: nn.Module | None = None,
@@ -75,95 +78,57 @@ def verify(
     Everything runs in evaluation mode: where dropout draws anew each time, there is nothing to compare.
 
     Args:
-        model: a ViT whose blocks are ``model.blocks``; left as it was.
-        x: images [B, C, H, W], floating, in the model's dtype, at least one.
+        model: a ViT, accelerated or not; left as it was.
+        x: images [B, C, H, W], floating, in the model's dtype, at least one; or a mapping of the model's
+            keyword arguments.
         backward: judge the gradient of every parameter that requires one too.
         oracle: another implementation of the same model with the same weights, to judge by: it is copied to
             float64 for the truth, and run in the model's dtype for torch's own error. By default the model
-            itself, on the reference ops.
+            itself as it was before `accelerate`, on the reference ops.
         on_step: called with the name of each run before it starts.
 
     Returns:
-        Rows "embed", "blocks.0" ..., "output" and "top-1", and with ``backward`` a row a parameter.
+        Rows "embed", one a block by its name, "output" ("output.logits" and so on where the model returns
+        several) and "top-1", and with ``backward`` a row a parameter.
 
     Raises:
         TypeError: if x is not floating.
         ValueError: if there is nothing to judge: no image, or ``backward`` of a wholly frozen model.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"verify needs floating images, because float64 is the oracle; x is {x.dtype}")
-    if x.numel() == 0:
-        raise ValueError(f"verify needs at least one image; x has shape {list(x.shape)}")
-    if backward and not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("verify(backward=True) needs a parameter that requires a gradient; all are frozen")
+    _check(model, x, backward)
     on_step = on_step or (lambda name: None)
+    names = list(blocks_of(model))
     on_step("model")
-    own = _trace(model, x, backward)
-    judge_model = model if oracle is None else oracle
+    own = trace(model, x, names, backward)
+    judge_model = restore(copy.deepcopy(model)) if oracle is None else oracle
     baselines = []
     with use_backend("reference"):
-        for name, context in gemm_libraries(x.device):
+        for name, context in gemm_libraries(next(model.parameters()).device):
             on_step(f"torch ({name})")
             with context():
-                baselines.append(_trace(judge_model, x, backward))
+                baselines.append(trace(judge_model, x, names, backward))
         on_step("float64")
-        truth = _trace(copy.deepcopy(judge_model).double(), x.double(), backward)
+        truth = trace(copy.deepcopy(judge_model).double(), in_float64(x), names, backward)
 
     report = Report()
     for name, out in own.items():
         report.rows.append(judge(name, out, truth[name], [b[name] for b in baselines], kind="model"))
-    if own["output"].ndim == 2:
-        logits = [b["output"] for b in baselines]
-        report.rows.append(judge_top1("top-1", own["output"], truth["output"], logits))
+    for name in ("output", "output.logits"):
+        if name in own and own[name].ndim == 2:
+            logits = [b[name] for b in baselines]
+            report.rows.append(judge_top1("top-1", own[name], truth[name], logits))
     return report
 
 
-def _trace(model: nn.Module, x: Tensor, backward: bool) -> dict[str, Tensor]:
-    """Outputs by the name of what made them, and gradients by the parameter's name."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.set_grad_enabled(backward), _evaluating(model), _recorded(model) as values:
-        values["output"] = output = model(x)
-    if backward:
-        # Not all ones: a gradient whose rows all agree hides a transposition.
-        weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=torch.float64, device=x.device)
-        grad = weights.view_as(output).to(output.dtype)
-        grads = torch.autograd.grad(output, list(parameters.values()), grad, allow_unused=True)
-        # A gradient that was lost is zero, and is judged: left out, it would go unseen.
-        for (name, parameter), gradient in zip(parameters.items(), grads, strict=True):
-            values[f"grad {name}"] = torch.zeros_like(parameter) if gradient is None else gradient
-    return {name: value.detach() for name, value in values.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    values: dict[str, Tensor] = {}
-    blocks = list(getattr(model, "blocks", []))
-
-    def record(name: str, tensor: Tensor) -> None:
-        values[name] = tensor
-
-    handles = [
-        block.register_forward_hook(lambda _module, _args, out, name=f"blocks.{i}": record(name, out))
-        for i, block in enumerate(blocks)
-    ]
-    if blocks:
-        handles.append(blocks[0].register_forward_pre_hook(lambda _module, args: record("embed", args[0])))
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
+def _check(model: nn.Module, x: Inputs, backward: bool) -> None:
+    tensors = [x] if isinstance(x, Tensor) else [value for value in x.values() if isinstance(value, Tensor)]
+    if not any(tensor.is_floating_point() for tensor in tensors):
+        found = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise TypeError(f"verify needs floating images, because float64 is the oracle; x is {found}")
+    if any(tensor.numel() == 0 for tensor in tensors):
+        raise ValueError(f"verify needs at least one image; x has shape {list(tensors[0].shape)}")
+    if backward and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("verify(backward=True) needs a parameter that requires a gradient; all are frozen")
 
 
 @torch.no_grad()

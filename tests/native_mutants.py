@@ -151,3 +151,23 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
 }
 MUTANTS = [Mutant(file, *row) for file, rows in _ROWS.items() for row in rows]
+
+# Of what is on a GPU alone: the check is one of test_fc1.py's.
+_FC1 = {
+    "fragments.h": [
+        ("tanh for erf", "use(GeluHalf())", "use(GeluTanh())", "gelu"),
+        ("gelu for quick_gelu", "use(QuickGelu())", "use(GeluHalf())", "quick_gelu"),
+        ("a neighbour's number", "::value(x[i])", "::value(x[i & ~1])", "contract"),
+        ("slope dropped", "= grad[i] * slope;", "= grad[i];", "contract"),
+        ("slope for the activation", "= grad[i] * slope;", "= grad[i] * (activated[i] = slope);", "contract"),
+    ],
+    "activations.h": [
+        ("a digit of the polynomial", "s * (0.0729398617f", "s * (0.073f", "gelu"),
+        ("a three of its slope dropped", "3.0f * 0.0729398617f", "0.0729398617f", "contract"),
+    ],
+    "fc1_tiles.h": [
+        ("waves not rounded up", "parts(tiles, workers) * steps", "tiles * steps / workers", "small"),
+        ("partial sums for nothing", "+ kSplit", "+ 0 * kSplit", "rows"),
+    ],
+}
+FC1_MUTANTS = [Mutant(file, *row) for file, rows in _FC1.items() for row in rows]

@@ -9,6 +9,7 @@ weight of another type) the block runs its original forward. ``registry`` knows 
 file per family of models holds them, and is imported when that library is.
 """
 
+from .normalization import fold_normalize
 from .swap import accelerate, restore
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "fold_normalize", "restore"]

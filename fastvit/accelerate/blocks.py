@@ -1,39 +1,13 @@
-"""What our blocks share: the settings of `accelerate`, and the way back to the original forward."""
+"""What our blocks share: the fused ops, and the way back to the original forward."""
 
-from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from .. import recording
-from ..backends import use_backend
 from ..layers.halves import AttentionHalf, MlpHalf
 from ..layers.plain import Unfused
-
-SETTINGS = "_fastvit"
-
-
-class Settings(NamedTuple):
-    """What `accelerate` was told. ``reference_ops`` run as torch's own; ``fold`` allows folded weights."""
-
-    fold: bool = False
-    reference_ops: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Settings":
-        """Those of the module, which pickles and copies with it."""
-        return module.__dict__.get(SETTINGS, _DEFAULT)
-
-    def context(self) -> Any:
-        """In which the ops run."""
-        return (
-            use_backend(**dict.fromkeys(self.reference_ops, "reference"))
-            if self.reference_ops
-            else nullcontext()
-        )
-
-
-_DEFAULT = Settings()
+from ..layers.settings import Settings
 
 
 class FusedBlock:
@@ -52,6 +26,8 @@ class FusedBlock:
     def forward(self, x: Tensor, *args, **kwargs):
         settings = Settings.of(self)
         try:
+            if isinstance(x, Tensor) and x.ndim != 3:
+                raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
             attention, mlp, options = self.gather(settings.fold, *args, **kwargs)
         except Unfused as reason:
             recording.ran_its_own_forward(reason)

@@ -3,7 +3,8 @@
 from torch import nn
 
 from ..layers.block import Block
-from ..layers.plain import Unfused
+from ..layers.pool import AttentionPoolLatent
+from .blocks import FusedBlock
 from .registry import LEFT_ALONE, REPLACEMENTS, is_replaced
 
 HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads")
@@ -14,8 +15,10 @@ def why_left_alone(module: nn.Module) -> str | None:
     layer = type(module)
     if layer in LEFT_ALONE:
         return LEFT_ALONE[layer]
-    if is_replaced(module) or layer in REPLACEMENTS or isinstance(module, Block):
+    if is_replaced(module) or isinstance(module, Block):
         return None
+    if layer in REPLACEMENTS:
+        return "accelerate has not been called" if issubclass(REPLACEMENTS[layer], FusedBlock) else None
     if looks_like_a_block(module):
         base = next((base for base in layer.__mro__ if base in REPLACEMENTS), None)
         kind = (
@@ -28,11 +31,19 @@ def why_left_alone(module: nn.Module) -> str | None:
 
 
 def looks_like_a_block(module: nn.Module) -> bool:
-    """Attention beside a norm or other layers: one of its children has heads, and it is no container."""
+    """Attention beside norms and other layers: one of its children has heads, and it holds no smaller block.
+
+    A module with a matrix of its own is none: attention pooling has its query there.
+    """
     if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         return False
     children = list(module.children())
-    return len(children) > 2 and any(map(_has_heads, children))
+    if len(children) < 3 or not any(map(_has_heads, children)):
+        return False
+    if any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        return False
+    inside = (inner for inner in module.modules() if inner is not module)
+    return not any(map(looks_like_a_block, inside))
 
 
 def _has_heads(module: nn.Module) -> bool:
@@ -41,10 +52,28 @@ def _has_heads(module: nn.Module) -> bool:
     )
 
 
-def why_not_fused(module: nn.Module, *args, **kwargs) -> str | None:
-    """Why one of our blocks would run its own forward as it stands, or None."""
-    try:
-        module.gather(False, *args, **kwargs)
-    except Unfused as reason:
-        return str(reason)
-    return None
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """All transformer blocks by name, whether `accelerate` has replaced them or not."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (FusedBlock, Block)) or why_left_alone(module) is not None
+    }
+
+
+def hooked_of(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name whose forward calls ops: fastvit's own blocks, and those that were replaced."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (Block, AttentionPoolLatent)) or type(module) in REPLACEMENTS.values()
+    }
+
+
+def own_embeddings_of(model: nn.Module) -> dict[str, str]:
+    """Patch embeddings of timm's kind that no op serves, as the model's class is not one that is replaced."""
+    return {
+        f"{name}.patch_embed".lstrip("."): f"{type(module).__name__} makes its tokens in a way of its own"
+        for name, module in model.named_modules()
+        if "patch_embed" in module._modules and not getattr(type(module), "normalizes", False)
+    }

@@ -16,6 +16,24 @@ from torch import nn
 FAMILIES = {
     "timm.models.vision_transformer": "timm_vit",
     "timm.models.eva": "timm_eva",
+    "timm.models.vitamin": "timm_vitamin",
+    "torchvision.models.vision_transformer": "torchvision",
+    "open_clip.transformer": "open_clip",
+    "transformers.models.vit.modeling_vit": "huggingface.vit",
+    "transformers.models.deit.modeling_deit": "huggingface.deit",
+    "transformers.models.vit_mae.modeling_vit_mae": "huggingface.vit_mae",
+    "transformers.models.vit_msn.modeling_vit_msn": "huggingface.vit_msn",
+    "transformers.models.ijepa.modeling_ijepa": "huggingface.ijepa",
+    "transformers.models.dinov2.modeling_dinov2": "huggingface.dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": (
+        "huggingface.dinov2_with_registers"
+    ),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "huggingface.dinov3",
+    "transformers.models.clip.modeling_clip": "huggingface.clip",
+    "transformers.models.metaclip_2.modeling_metaclip_2": "huggingface.metaclip_2",
+    "transformers.models.siglip.modeling_siglip": "huggingface.siglip",
+    "transformers.models.siglip2.modeling_siglip2": "huggingface.siglip2",
+    "transformers.models.aimv2.modeling_aimv2": "huggingface.aimv2",
 }
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
 # The same for classes that are replaced only as the direct children of a replaced module.

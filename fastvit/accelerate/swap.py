@@ -9,7 +9,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..backends import TABLE
 from ..layers.block import Block
-from .blocks import SETTINGS, Settings
+from ..layers.settings import ATTRIBUTE, Settings
+from ..vit import VisionTransformer
 from .candidates import why_left_alone
 from .registry import PARTS, REPLACEMENTS, is_replaced, load_families
 
@@ -44,11 +45,12 @@ def accelerate(
     load_families()
     others = () if ops is None else tuple(op for op in TABLE if op not in ops)
     settings = Settings(mode == "inference", others)
+    found = [*_accelerated(model, settings)]
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
     if strict and left:
+        restore(model)
         reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left.items())
         raise ValueError(f"accelerate(strict=True) leaves blocks alone: {reasons}")
-    found = [*_accelerated(model, settings)]
     if not found:
         why = next(iter(left.values()), "it holds no block of a vision transformer that fastvit knows")
         message = f"accelerate changed nothing in {type(model).__name__}: {why}"
@@ -63,7 +65,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if is_replaced(module):
             module.__class__ = type(module).original
-        module.__dict__.pop(SETTINGS, None)
+        module.__dict__.pop(ATTRIBUTE, None)
     return model
 
 
@@ -74,8 +76,9 @@ def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
         if is_replaced(module):
             for child in module.children():
                 child.__class__ = PARTS.get(type(child), type(child))
-        if is_replaced(module) or isinstance(module, Block):
-            module.__dict__[SETTINGS] = settings
+        if is_replaced(module) or isinstance(module, (Block, VisionTransformer)):
+            old = Settings.of(module)
+            module.__dict__[ATTRIBUTE] = settings._replace(mean=old.mean, std=old.std)
             yield module
 
 

@@ -14,7 +14,7 @@ from .. import ops, recording
 from ..call_facts import compute_dtype
 from ..layers.patch_embed import cuts_patches
 from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
-from .blocks import Settings
+from ..layers.settings import Settings
 from .registry import part
 
 
@@ -35,17 +35,18 @@ class PatchEmbed(layers.PatchEmbed):
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
     """The images as they are to go through the model: embedded already, or as they are."""
-    try:
-        arguments, grid = gather(model, images)
-    except Unfused as reason:
-        with recording.inside("patch_embed"):
+    settings = Settings.of(model)
+    with recording.inside("patch_embed"), settings.context():
+        try:
+            arguments, grid = gather(model, images, settings)
+        except Unfused as reason:
             recording.ran_its_own_forward(reason)
-        return images
-    with recording.inside("patch_embed"), Settings.of(model).context():
-        return Embedded(ops.patch_embed(*arguments), images.shape, grid)
+            return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
+        tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
+        return Embedded(tokens, images.shape, grid)
 
 
-def gather(model: nn.Module, images: Tensor) -> tuple[tuple, tuple[int, int]]:
+def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple, tuple[int, int]]:
     """`patch_embed`'s arguments, and the grid of patches.
 
     Raises:
@@ -59,13 +60,18 @@ def gather(model: nn.Module, images: Tensor) -> tuple[tuple, tuple[int, int]]:
         raise Unfused("its convolution does more than to cut patches")
     if not isinstance(images, Tensor):
         raise Unfused(f"it is called with a {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] != weight.shape[1] or images.dtype != weight.dtype:
+    dtypes = (weight.dtype,) if settings.mean is None else (weight.dtype, torch.uint8)
+    if images.ndim != 4 or images.shape[1] != weight.shape[1] or images.dtype not in dtypes:
         raise Unfused("the images do not fit the projection's channels or dtype")
-    height, width = images.shape[2:]
-    (ph, pw), strict = embed.patch_size, embed.strict_img_size
-    if height % ph or width % pw or (strict and embed.img_size and (height, width) != tuple(embed.img_size)):
+    (height, width), (ph, pw), size = images.shape[2:], embed.patch_size, embed.img_size
+    whole = not (height % ph or width % pw)
+    if size is not None and embed.strict_img_size and (height, width) != tuple(size):
         raise Unfused("the images are not of the model's size")
+    if not whole and (embed.dynamic_img_pad or (size is not None and not embed.strict_img_size)):
+        raise Unfused("the images are not of whole patches")
     grid = (height // ph, width // pw)
+    if not whole:  # a view: a convolution never reads what is left over
+        images = images[:, :, : grid[0] * ph, : grid[1] * pw]
     prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
     prefix = torch.cat(prefix, dim=1) if len(prefix) > 1 else (prefix or [None])[0]
     positions = _positions(model, grid)

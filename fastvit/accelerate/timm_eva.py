@@ -71,6 +71,8 @@ def _rotary(attn: nn.Module, rope: Tensor | None) -> dict:
 
 @replaces(eva.Eva)
 class Eva(eva.Eva):
+    normalizes = True
+
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward_features(self._embedded(x), *args, **kwargs)
 

@@ -35,4 +35,4 @@ def enter() -> None:
 
     plain.known(layers.PatchEmbed)
     regularization.LAYER_SCALES[plain.known(layers.LayerScale)] = "gamma"
-    regularization.DROP_PATHS[plain.known(layers.DropPath)] = None
+    regularization.DROP_PATHS[plain.known(layers.DropPath)] = regularization.bernoulli_scale

@@ -1,7 +1,9 @@
 """timm's VisionTransformer and its pre-norm block."""
 
+from collections.abc import Callable
+
 from timm.models import vision_transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.block import attention_half, mlp_half
 from ..layers.halves import AttentionHalf, MlpHalf
@@ -20,17 +22,24 @@ for _layer in classes(vision_transformer, "ParallelThingsBlock"):
     LEFT_ALONE[_layer] = "its attentions are parallel, and its MLPs"
 
 
+# How else than by `layer_norm_mlp` the half of an MLP's class is computed.
+MLP_HALVES: dict[type[nn.Module], Callable[[nn.Module, bool], Callable[[Tensor], Tensor]]] = {}
+
+
 @replaces(vision_transformer.Block)
 class Block(FusedBlock, vision_transformer.Block):
     def gather(
         self, fold: bool, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
         options = {"attn_mask": attn_mask, "is_causal": is_causal}
-        return attention_half(self, fold), mlp_half(self, fold), options
+        mlp = MLP_HALVES.get(type(self._modules["mlp"]), mlp_half)
+        return attention_half(self, fold), mlp(self, fold), options
 
 
 @replaces(vision_transformer.VisionTransformer)
 class VisionTransformer(vision_transformer.VisionTransformer):
+    normalizes = True
+
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward_features(embedded(self, x), *args, **kwargs)
 

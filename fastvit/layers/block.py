@@ -6,12 +6,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from .. import recording
 from .attention import ATTENTIONS, Attention, attend
 from .halves import AttentionHalf, Branch, MlpHalf
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
 from .plain import LINEARS, Unfused, idle_child, plain_child, weight_and_bias
 from .regularization import DROP_PATHS, DropPath, LayerScale, layer_scale
+from .settings import Settings
 
 ATTN_LAYERS = {"": Attention, "attn": Attention}
 
@@ -87,19 +89,25 @@ class Block(nn.Module):
         return self._mlp_half(self._attention_half(x, attn_mask, is_causal))
 
     def _attention_half(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        settings = Settings.of(self)
         try:
-            half = attention_half(self)
-        except Unfused:
+            half = attention_half(self, settings.fold)
+        except Unfused as reason:
+            recording.ran_its_own_forward(reason)
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
             return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
-        return half(x, attn_mask=attn_mask, is_causal=is_causal)
+        with settings.context():
+            return half(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def _mlp_half(self, x: Tensor) -> Tensor:
+        settings = Settings.of(self)
         try:
-            half = mlp_half(self)
-        except Unfused:
+            half = mlp_half(self, settings.fold)
+        except Unfused as reason:
+            recording.ran_its_own_forward(reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return half(x)
+        with settings.context():
+            return half(x)
 
 
 def attention_half(block: nn.Module, fold: bool = True) -> AttentionHalf:

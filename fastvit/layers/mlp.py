@@ -160,6 +160,16 @@ def swiglu_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
     return arguments
 
 
+def two_layers(norm: NormArguments, fc1: nn.Module, activation: str, fc2: nn.Module) -> dict:
+    """The same of these plain layers, with no more between them."""
+    weight, bias = weight_and_bias(fc1)
+    norm.beside(weight)
+    arguments = {"eps": norm.eps, "norm": norm.norm, "norm_weight": norm.weight, "norm_bias": norm.bias}
+    arguments |= {"fc1_weight": weight, "fc1_bias": bias, "activation": activation}
+    arguments["fc2_weight"], arguments["fc2_bias"] = weight_and_bias(fc2)
+    return arguments
+
+
 MLPS: dict[type[nn.Module], Callable[[nn.Module, NormArguments], dict]] = {
     Mlp: mlp_arguments,
     GluMlp: packed_swiglu_arguments,
@@ -178,12 +188,7 @@ def _arguments(mlp: nn.Module, norm: NormArguments, fc1: nn.Module, activation: 
     """The arguments that all three share."""
     idle_child(mlp, "drop1")
     idle_child(mlp, "drop2")
-    fc2 = plain_child(mlp, "fc2", LINEARS)
-    weight, bias = weight_and_bias(fc1)
-    norm.beside(weight)
-    arguments = {"eps": norm.eps, "norm": norm.norm, "norm_weight": norm.weight, "norm_bias": norm.bias}
-    arguments |= {"fc1_weight": weight, "fc1_bias": bias, "activation": activation}
-    arguments["fc2_weight"], arguments["fc2_bias"] = weight_and_bias(fc2)
+    arguments = two_layers(norm, fc1, activation, plain_child(mlp, "fc2", LINEARS))
     if not is_identity(mlp._modules["norm"]):
         inner = norm_arguments(mlp, "norm")
         if inner.weight is None or (inner.norm, inner.eps) != (norm.norm, norm.eps):

@@ -79,11 +79,14 @@ def norm_arguments(parent: nn.Module, name: str) -> NormArguments:
         Unfused: if only its own forward knows.
     """
     module = plain_child(parent, name, NORMS)
-    if module.eps is None:
+    own = module.__dict__
+    eps = own["eps"] if "eps" in own else own["variance_epsilon"]
+    if eps is None:
         raise Unfused(f"{name} has no eps of its own")
-    if len(module.normalized_shape) != 1:
-        raise Unfused(f"{name} is over {len(module.normalized_shape)} dimensions")
+    dimensions = len(own.get("normalized_shape", (0,)))
+    if dimensions != 1:
+        raise Unfused(f"{name} is over {dimensions} dimensions")
     # timm's switch for norms in low precision, or in another library.
-    if module.__dict__.get("_fast_norm"):
+    if own.get("_fast_norm"):
         raise Unfused(f"{name} is set to timm's fast norm")
-    return NormArguments(NORMS[type(module)], *weight_and_bias(module), module.eps)
+    return NormArguments(NORMS[type(module)], *weight_and_bias(module), eps)

@@ -4,7 +4,7 @@ A block asks this of a dozen modules at every call. nn.Module's own attribute ac
 is asked here reads the modules' dictionaries.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -32,7 +32,9 @@ _FORWARDS = {
     )
     if hasattr(layer, "forward")
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Each tells of a forward hook whether it would do nothing now: some libraries leave hooks on modules for good.
+IDLE_HOOKS: list[Callable[[Callable], bool]] = []
 
 
 class Unfused(Exception):
@@ -66,7 +68,7 @@ def is_plain(module: nn.Module, classes: Collection[type[nn.Module]]) -> bool:
         layer in classes
         and layer.forward is _FORWARDS[layer]
         and not (
-            own["_forward_hooks"]
+            (own["_forward_hooks"] and _any_wanted(own["_forward_hooks"]))
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
@@ -78,6 +80,10 @@ def is_plain(module: nn.Module, classes: Collection[type[nn.Module]]) -> bool:
             or (own["_parameters"] and overridden(tuple(own["_parameters"].values())))
         )
     )
+
+
+def _any_wanted(hooks: Mapping[int, Callable]) -> bool:
+    return not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values())
 
 
 def plain_child(parent: nn.Module, name: str, classes: Collection[type[nn.Module]]) -> nn.Module:
@@ -121,7 +127,8 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _why_not_plain(child: nn.Module | None) -> str:
     if child is None:
         return "is absent"
-    if any(child.__dict__[kind] for kind in _HOOKS):
+    own = child.__dict__
+    if _any_wanted(own["_forward_hooks"]) or any(own[kind] for kind in _OTHER_HOOKS):
         return "carries a hook"
     if (
         _global_forward_hooks
@@ -131,7 +138,7 @@ def _why_not_plain(child: nn.Module | None) -> str:
     ):
         return "is under a hook on every module of the process"
     layer = type(child)
-    if "forward" in child.__dict__ or _FORWARDS.get(layer, layer.forward) is not layer.forward:
+    if "forward" in own or _FORWARDS.get(layer, layer.forward) is not layer.forward:
         return "has a patched forward"
     for name, tensor in child._parameters.items():
         if tensor is not None and overridden((tensor,)):

@@ -1,5 +1,7 @@
 """LayerScale, stochastic depth and patch dropout."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -45,8 +47,8 @@ class DropPath(nn.Module):
 
 # LayerScale's factor is its `gamma` or `weight`, whichever the class has.
 LAYER_SCALES: dict[type[nn.Module], str | None] = {LayerScale: "gamma", nn.Identity: None}
-# Any that are drawn as `sample_scale` draws.
-DROP_PATHS: dict[type[nn.Module], None] = {DropPath: None, nn.Identity: None}
+# By how they draw: the factors [B] of a training step, from the module and the tokens.
+DROP_PATHS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor] | None] = {nn.Identity: None}
 
 
 def layer_scale(parent: nn.Module, name: str) -> Tensor | None:
@@ -64,11 +66,17 @@ def sample_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
     """[B]: 0 for a dropped sample, 1 / keep probability for a kept one; None where nothing is dropped."""
     if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
         return None
-    if not drop_path.drop_prob:
-        return None
+    return DROP_PATHS[type(drop_path)](drop_path, x) if drop_path.drop_prob else None
+
+
+def bernoulli_scale(drop_path: nn.Module, x: Tensor) -> Tensor:
+    """As timm draws them."""
     keep = 1.0 - drop_path.drop_prob
     scale = x.new_empty(x.shape[0]).bernoulli_(keep)
     return scale.div_(keep) if getattr(drop_path, "scale_by_keep", True) and keep > 0.0 else scale
+
+
+DROP_PATHS[DropPath] = bernoulli_scale
 
 
 class PatchDropout(nn.Module):

@@ -1,0 +1,84 @@
+"""Libraries' embedding modules on the op `patch_embed`: patches, prefix tokens and positions in one."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, recording
+from ..layers.patch_embed import cuts_patches
+from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, weight_and_bias
+from .blocks import Settings
+
+
+class Patches(NamedTuple):
+    """Images [B, C, H, W], and the convolution that cuts and projects them."""
+
+    images: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """N, an image's patches."""
+        (height, width), (ph, pw) = self.images.shape[2:], self.weight.shape[2:]
+        return (height // ph) * (width // pw)
+
+    def arguments(self, positions: Tensor | None, *prefix: Tensor, for_prefix: bool = True) -> tuple:
+        """`patch_embed`'s, of positions [1, P + N, D], or [1, N, D] if not ``for_prefix``, and prefix tokens.
+
+        Raises:
+            Unfused: if they do not fit: what that gives, or how it fails, only the original knows.
+        """
+        given = [tensor for tensor in (positions, *prefix) if tensor is not None]
+        if any(tensor.dtype != self.weight.dtype for tensor in given):
+            raise Unfused("its tokens and its projection have different dtypes")
+        count = self.count + sum(token.shape[1] for token in prefix if for_prefix)
+        if positions is not None and positions.shape[1] != count:
+            raise Unfused("its positions are not those of its grid")
+        tokens = torch.cat(prefix, dim=1) if len(prefix) > 1 else (prefix or [None])[0]
+        return *self, positions, tokens
+
+
+def patches(parent: nn.Module, name: str, images: Tensor, cast: bool = False) -> Patches:
+    """The images before the convolution of that name; ``cast`` gives them its dtype.
+
+    Raises:
+        Unfused: if it does more than to cut patches, or does not fit the images.
+    """
+    projection = plain_child(parent, name, CONVOLUTIONS)
+    weight, bias = weight_and_bias(projection)
+    if not cuts_patches(projection):
+        raise Unfused(f"{name} does more than to cut patches")
+    if not isinstance(images, Tensor):
+        raise Unfused(f"it is called with a {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != weight.shape[1]:
+        raise Unfused(f"the images do not fit the channels of {name}")
+    if images.shape[2] % weight.shape[2] or images.shape[3] % weight.shape[3]:
+        raise Unfused("the images are not whole patches")
+    if images.dtype != weight.dtype and not cast:
+        raise Unfused(f"the images are {images.dtype} before a projection in {weight.dtype}")
+    return Patches(images.to(weight.dtype), weight, bias)
+
+
+class FusedEmbedding:
+    """Mixed into a library's embedding: the fused op, or its own forward where something is not plain."""
+
+    original: ClassVar[type[nn.Module]]
+
+    def gather(self, pixel_values: Tensor, *args, **kwargs) -> tuple:
+        """`patch_embed`'s arguments, of a call with these.
+
+        Raises:
+            Unfused: if the embedding is to run its own forward.
+        """
+        raise NotImplementedError
+
+    def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
+        try:
+            arguments = self.gather(pixel_values, *args, **kwargs)
+        except Unfused as reason:
+            recording.ran_its_own_forward(reason)
+            return super().forward(pixel_values, *args, **kwargs)
+        with Settings.of(self).context():
+            return ops.patch_embed(*arguments)

@@ -1,0 +1,51 @@
+"""`attn_implementation="fastvit"`: fastvit's attention, and its masks, for transformers' models at large."""
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+
+# Arguments of transformers' attention functions that change nothing of what ours computes.
+_HARMLESS = frozenset(("output_attentions", "output_hidden_states", "use_cache"))
+
+
+def register_hf() -> None:
+    """Make ``attn_implementation="fastvit"`` known to transformers, once or again.
+
+    Attention and the masks for it are registered together: transformers gives a function whose masks it does
+    not know none at all. Calls that the op does not compute go to transformers' "sdpa".
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register("fastvit", attention_forward)
+    AttentionMaskInterface.register("fastvit", sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [B, H, N, d] each to [B, N, H, d], and no weights."""
+    others = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    if others or not query.shape == key.shape == value.shape:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    num_heads = query.shape[1]
+    packed = torch.stack([tensor.transpose(1, 2) for tensor in (query, key, value)], dim=2).flatten(2)
+    is_causal = bool(is_causal) and attention_mask is None
+    out = ops.attention(
+        packed, num_heads, scaling, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
+    )
+    return out.unflatten(-1, (num_heads, -1)), None

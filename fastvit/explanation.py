@@ -1,0 +1,188 @@
+"""`explain`: which op of which block runs on which backend, and why; found by a run without data."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, why_left_alone
+from .accelerate.example import Inputs, as_call, example_input
+from .accelerate.registry import load_families
+from .backends import use_backend
+from .gpus import assume_arch
+from .recording import Recorder, recording
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op of a module, or with ``op`` "forward" a module that runs its library's own forward.
+
+    ``accelerated``: one of our kernels can serve it. ``backend``: what `auto` takes, by ``reason``.
+    """
+
+    module: str
+    op: str
+    backend: str
+    accelerated: bool
+    reason: str
+
+
+class Coverage(NamedTuple):
+    """The share of blocks whose every op a kernel of ours can serve, and of the model's FLOPs in them."""
+
+    blocks: float
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: print it, or read its rows."""
+
+    rows: tuple[Row, ...]
+    coverage: Coverage
+
+    def to_json(self) -> str:
+        """The rows and the coverage."""
+        return json.dumps({"coverage": self.coverage._asdict(), "rows": [asdict(row) for row in self.rows]})
+
+    def __str__(self) -> str:
+        lines = [("module", "op", "backend", "reason"), *((*key, reason) for key, reason in self._grouped())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        return f"{table}\n{self._summary()}"
+
+    def __rich__(self):
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("module", "op", "backend", "reason", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        table.caption = self._summary()
+        for key, reason in self._grouped():
+            table.add_row(*map(Text, (*key, reason)))
+        return table
+
+    def _grouped(self) -> Iterator[tuple[tuple[str, str, str], str]]:
+        """Blocks that run alike as one line: "blocks.0 to blocks.11"."""
+        groups: dict[tuple, list[str]] = {}
+        for row in self.rows:
+            groups.setdefault((row.op, row.backend, row.reason), []).append(row.module)
+        for (op, backend, reason), modules in groups.items():
+            first, last = modules[0] or "the model", modules[-1]
+            named = first if len(modules) == 1 else f"{first} to {last} ({len(modules)})"
+            yield (named, op, backend), reason
+
+    def _summary(self) -> str:
+        flops = "" if self.coverage.flops is None else f", {self.coverage.flops:.0%} of the FLOPs"
+        unmeasured = any("not measured" in row.reason for row in self.rows)
+        advice = "; `fastvit tune` measures what was not measured here" if unmeasured else ""
+        return f"kernels of fastvit can serve {self.coverage.blocks:.0%} of the blocks{flops}{advice}"
+
+
+def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) -> Explanation:
+    """Say which backend serves each op of a model, and why, without computing anything.
+
+    Args:
+        model: any model; blocks that `accelerate` has not replaced are rows with the reason.
+        x: images [B, C, H, W], or a mapping of the model's keyword arguments; by default one image of the
+            model's own size. FLOPs are counted only for an x that is given.
+        arch: answer for a GPU of this architecture, "sm_90" say, that need not be here.
+
+    Raises:
+        ValueError: for an unknown ``arch``, or a model whose image size cannot be found without ``x``.
+    """
+    load_families()
+    args, kwargs = as_call(example_input(model) if x is None else x)
+    recorder, flops = _traced(model, args, kwargs, arch, count=x is not None)
+    left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
+    left |= own_embeddings_of(model)
+    rows = [Row(name, "forward", "original", False, reason) for name, reason in left.items()]
+    for event in recorder.events:
+        rows.append(Row(event.module, event.op or "forward", event.backend, event.accelerated, event.reason))
+    rows = list(dict.fromkeys(rows))
+    blocks = list(blocks_of(model))
+    served = {name for name in blocks if _is_served(name, rows)}
+    shares = Coverage(len(served) / len(blocks) if blocks else 0.0, _share(served, flops))
+    return Explanation(tuple(sorted(rows, key=_order(model))), shares)
+
+
+def _is_served(block: str, rows: list[Row]) -> bool:
+    own = [row for row in rows if row.module == block or row.module.startswith(f"{block}.")]
+    return bool(own) and all(row.accelerated for row in own)
+
+
+def _share(served: set[str], flops: dict[str, int]) -> float | None:
+    total = flops.get("Global", 0)
+    inside = sum(count for name, count in flops.items() if name.partition(".")[2] in served)
+    return inside / total if total else None
+
+
+def _order(model: nn.Module):
+    position = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda row: position.get(row.module, -1)
+
+
+def _traced(
+    model: nn.Module, args: tuple, kwargs: dict, arch: str | None, count: bool
+) -> tuple[Recorder, dict[str, int]]:
+    """What a run without data does, and its FLOPs by module."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **kwargs}
+    given |= {f"argument {i}": value for i, value in enumerate(args)}
+
+    def run(gradients: bool) -> None:
+        fakes = {
+            name: _fake(value, mode, "cuda" if arch else None, gradients) for name, value in given.items()
+        }
+        inputs = tuple(fakes.pop(f"argument {i}") for i in range(len(args)))
+        named = {name: fakes.pop(name) for name in kwargs}
+        with assume_arch(arch), mode, torch.set_grad_enabled(gradients):
+            functional_call(model, fakes, inputs, named)
+
+    with recording() as recorder, _named(model, recorder):
+        run(gradients=model.training)
+    if not count:
+        return recorder, {}
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        run(gradients=False)
+    counts = counter.get_flop_counts()
+    return recorder, {name: sum(ops.values()) for name, ops in counts.items()}
+
+
+def _fake(value: Any, mode: FakeTensorMode, device: str | None, gradients: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        place = device or value.device
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
+        return fake.requires_grad_(gradients and value.requires_grad)
+
+
+@contextmanager
+def _named(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder which of our modules is running."""
+    outer: list[str] = []
+
+    def enter(name: str) -> None:
+        outer.append(recorder.module)
+        recorder.module = name
+
+    def leave(*_: Any) -> None:
+        recorder.module = outer.pop()
+
+    handles = []
+    for name, module in hooked_of(model).items():
+        handles.append(module.register_forward_pre_hook(lambda _module, _args, name=name: enter(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,50 @@
+"""How a module was told to run, by `accelerate` and `fold_normalize`: kept on it, copied and pickled."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import use_backend
+from ..reference.patch_embed import to_unit_range
+
+ATTRIBUTE = "_fastvit"
+
+
+class Settings(NamedTuple):
+    """``fold`` allows LayerScale in copies of weights; ``reference_ops`` run as torch's own.
+
+    With ``mean`` and ``std`` images come as uint8, or as floats in 0..1, and are normalised inside.
+    """
+
+    fold: bool = False
+    reference_ops: tuple[str, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Settings":
+        """Those of the module. One that was told nothing folds: fastvit's own."""
+        return module.__dict__.get(ATTRIBUTE, _OWN)
+
+    def context(self) -> Any:
+        """In which the ops run."""
+        if not self.reference_ops:
+            return nullcontext()
+        return use_backend(**dict.fromkeys(self.reference_ops, "reference"))
+
+    def normalized(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images as a forward takes them that does not normalise."""
+        if self.mean is None:
+            return images
+        unit = to_unit_range(images, dtype) if images.dtype == torch.uint8 else images
+        return (unit - _column(self.mean, unit)) / _column(self.std, unit)
+
+
+_OWN = Settings(fold=True)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]

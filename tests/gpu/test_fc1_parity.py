@@ -1,0 +1,133 @@
+"""On Hopper, fc1 with the activation in its epilogue is within the contract, and is what runs."""
+
+import op_cases
+import pytest
+import torch
+from gpu_calls import MODES, given_tensors, needs_native, same
+from kernel_launches import on_device
+from native_calls import FIXED, THROUGH, while_training
+from op_checks import GRADS, gradients_within_contract, within_contract
+
+from fastvit import extension, ops, use_backend
+from fastvit.ops import native
+from fastvit.regimes import pairwise, regimes_of
+
+OP = "layer_norm_mlp"
+HALF = ("float16", "bfloat16")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+
+
+@pytest.fixture(autouse=True)
+def _fused(gpu):
+    needs_native()
+    if torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} is no Hopper")
+    if extension.build_info().cutlass == "none":
+        pytest.skip(f"the library is built without CUTLASS: {extension.build_info()}")
+    with use_backend("cuda"), native.fusing(True):
+        yield
+
+
+def build(mode, **options):
+    call = on_device(op_cases.build(OP, dtype=MODES[mode][0], **options))
+    if call.get("sample_scale") is not None:
+        call["sample_scale"] = torch.linspace(0.5, 2, len(call["x"])).to(call["sample_scale"])
+    return call
+
+
+def judged(call, **how):
+    within_contract(OP, call, **how)
+    within_contract(OP, call, while_training(OP), **how)
+    for grad in GRADS.values():
+        gradients_within_contract(OP, call, grad, through=THROUGH[OP], without=FIXED, backward=True, **how)
+
+
+# One row, a part of a tile, exactly one, and a part of a second; of each tile's shape and of the split sums.
+CELLS = pairwise(
+    lambda cell: True,
+    mode=HALF,
+    activation=ACTIVATIONS,
+    tokens=(1, 2, 17, 128, 197, 257),
+    batch=(1, 3),
+    width=(64, 192, 328),
+    hidden=(8, 128, 768, 1000),
+    layer_scale=(True, False),
+)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=op_cases.name)
+def test_every_option(cell):
+    cell = dict(cell)
+    judged(build(cell.pop("mode"), **cell))
+
+
+# The products of ViT-S, -B and -L; more rows than these would take a float64 oracle's memory.
+@pytest.mark.parametrize("mode", HALF)
+@pytest.mark.parametrize("width", [384, 768, 1024])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_the_shapes_of_models(mode, width, batch):
+    judged(build(mode, batch=batch, tokens=197, width=width, hidden=4 * width))
+
+
+REGIMES = [(mode, regime) for mode in HALF for regime in regimes_of(OP, MODES[mode][0])]
+
+
+@pytest.mark.parametrize(("mode", "regime"), REGIMES)
+def test_every_regime(mode, regime):
+    call = on_device(op_cases.regime_call(OP, regime, MODES[mode][0], tokens=197))
+    judged(call, offset_regime=regime == "mean_offset")
+
+
+def run(call):
+    """The output without and with what is saved, and every gradient."""
+    leaves = {name: t.detach().requires_grad_(name not in FIXED) for name, t in given_tensors(call).items()}
+    with torch.no_grad():
+        inferred = ops.layer_norm_mlp(**call)
+    out = ops.layer_norm_mlp(**call | leaves)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = torch.autograd.grad(out, list(wanted.values()), torch.ones_like(out))
+    return {"inferred": inferred, "out": out.detach()} | dict(zip(wanted, gradients, strict=True))
+
+
+# Of one wave, of sums that are split, and of many waves.
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_the_same_bits_on_every_run_and_with_what_is_saved(batch):
+    call = build(
+        "bfloat16", batch=batch, tokens=197, width=768, hidden=3072, layer_scale=False, sample_scale=False
+    )
+    first = run(call)
+    assert torch.equal(first["inferred"], first["out"])
+    for _ in range(100):
+        same(run(call), first)
+
+
+def kernels_of(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(call)
+        torch.cuda.synchronize()
+    return [event.key for event in profile.key_averages()]
+
+
+def test_it_is_what_runs():
+    call = build("bfloat16", batch=2, tokens=197, width=384, hidden=1536)
+    assert any("Sm90TreeVisitor" in name for name in kernels_of(call))
+    assert not any("activate_kernel" in name for name in kernels_of(call))
+    with native.fusing(False):
+        assert any("activate_kernel" in name for name in kernels_of(call))
+
+
+# A width that TMA cannot address takes the portable products, and says nothing.
+def test_other_widths_are_served_as_before():
+    judged(build("bfloat16", batch=2, tokens=50, width=131, hidden=131))
+
+
+def test_in_a_graph():
+    call = build("bfloat16", batch=8, tokens=197, width=768, hidden=3072)
+    with torch.no_grad():
+        expected = ops.layer_norm_mlp(**call)
+        graph, out = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph):
+            out = ops.layer_norm_mlp(**call)
+        out.zero_()
+        graph.replay()
+    assert torch.equal(out, expected)

@@ -1,0 +1,41 @@
+"""transformers' vision models after `accelerate`: the same numbers, from the fused ops."""
+
+from collections import Counter
+
+import pytest
+import torch
+from accelerated import BLOCK, assert_parity, events, pair
+from huggingface_models import MODELS, build
+
+import fastvit
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request):
+    model, call = build(request.param)
+    original, ours = pair(model)
+    return request.param, original, ours, call
+
+
+def test_every_layer_and_embedding_runs_on_the_ops(case):
+    name, original, ours, call = case
+    ran = Counter(events(ours, **call))
+    layers = sum(type(module).__name__.endswith(("Layer", "EncoderLayer")) for module in original.modules())
+    expected = Counter(dict.fromkeys(BLOCK, layers))
+    if MODELS[name][2]:
+        expected["patch_embed"] = 1
+    assert ran == expected
+
+
+def test_outputs_and_gradients_are_within_the_contract(case):
+    _, original, ours, call = case
+    assert_parity(original, ours, **call)
+
+
+def test_outputs_and_gradients_of_the_compiled_ops_are_too(case):
+    _, original, ours, call = case
+    with fastvit.use_backend("cpp"):
+        assert_parity(original, ours, **call)
+        with torch.no_grad(), fastvit.recording.recording() as recorder:
+            ours(**call)
+    assert "cpp" in {event.backend for event in recorder.events}

@@ -1,0 +1,283 @@
+"""fc1 with the activation in its epilogue, as far as it needs no GPU: maths, tiles, and when it is used."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import plain_ops
+import pytest
+import torch
+import torch.nn.functional as F
+from native_mutants import FC1_MUTANTS
+from torch._subclasses import FakeTensorMode
+
+from fastvit import measurements, native_backend
+from fastvit.contract import judge
+from fastvit.ops import native
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (looked for c++, g++, clang++)")
+sys.path.insert(0, str(CSRC))
+import libraries  # noqa: E402
+
+HALF = (torch.float16, torch.bfloat16)
+# In the order of the C++ enumeration.
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+FORWARD, BACKWARD = 0, 1
+H100 = 132  # multiprocessors
+WIDTHS = {"S": 384, "B": 768, "L": 1024}
+BATCHES = (1, 8, 64, 256)
+
+
+def compiled(folder, sources=CSRC):
+    """The headers behind plain C names."""
+    library = folder / "fc1.so"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
+    command = [COMPILER, *flags, f"-I{sources}", str(TESTS / "fc1.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(library))
+    library.cost.restype = ctypes.c_double
+    library.rows_of_partials.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture(scope="module")
+def fc1(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("fc1"))
+
+
+def call(function, *arguments):
+    of = {int: ctypes.c_int64, torch.Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr())}
+    return function(*(of.get(type(a), lambda a: a)(a) for a in arguments))
+
+
+def activated(fc1, x, activation):
+    y = torch.empty_like(x)
+    call(fc1.activated, x, y, x.numel(), ctypes.c_int(ACTIVATIONS.index(activation)))
+    return y
+
+
+def differentiated(fc1, grad, x, activation):
+    """The gradient through the activation, and the activation once more."""
+    results = torch.empty_like(x), torch.empty_like(x)
+    call(fc1.differentiated, grad, x, *results, x.numel(), ctypes.c_int(ACTIVATIONS.index(activation)))
+    return results
+
+
+# Rows, inputs and outputs of fc1: enough for every sum to have its usual error.
+T, D, M = 96, 128, 256
+# The amplitude of what enters the product, or an offset of all of it.
+REGIMES = {"randn": (1.0, 0.0), "amplitude 4": (4.0, 0.0), "small": (3e-3, 0.0), "negative": (1.0, -2.0)}
+
+
+def operands(dtype, regime):
+    generator = torch.Generator().manual_seed(0)
+    amplitude, offset = REGIMES[regime]
+    of = [torch.randn(size, generator=generator) for size in ((T, D), (M, D), (M,), (T, D), (D, M))]
+    x, weight, bias, grad, fc2 = (
+        of[0] * amplitude,
+        of[1] * D**-0.5,
+        0.1 * of[2] + offset,
+        of[3],
+        of[4] * D**-0.5,
+    )
+    return [t.to(dtype) for t in (x, weight, bias, grad, fc2)]
+
+
+def in_torch(x, weight, bias, grad, fc2, activation):
+    """fc1, and what is before it of fc2's gradient, in torch's own ops and the dtype that is given."""
+    before = F.linear(x, weight, bias).detach().requires_grad_()
+    out = plain_ops.ACTIVATIONS[activation](before)
+    (dbefore,) = torch.autograd.grad(out, before, grad @ fc2)
+    return {"out": out.detach(), "dbefore": dbefore, "dbias": dbefore.sum(0)}
+
+
+def in_epilogues(fc1, x, weight, bias, grad, fc2, activation):
+    """The same as the kernels have it: sums in float32, and rounded where they are written."""
+    dtype = x.dtype
+    before = (x.float() @ weight.float().T + bias.float()).to(dtype).float()
+    dbefore, again = differentiated(fc1, grad.float() @ fc2.float(), before, activation)
+    out = activated(fc1, before, activation)
+    assert torch.equal(out.to(dtype), again.to(dtype))
+    return {"out": out.to(dtype), "dbefore": dbefore.to(dtype), "dbias": dbefore.sum(0).to(dtype)}
+
+
+def within_contract(fc1, dtype, activation, regime):
+    given = operands(dtype, regime)
+    truth = in_torch(*(t.double() for t in given), activation)
+    baseline = in_torch(*given, activation)
+    for name, result in in_epilogues(fc1, *given, activation).items():
+        check = judge(name, result, truth[name], baseline[name], kind="gemm")
+        assert check.ok, check
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_forward_and_backward_are_within_the_contract(fc1, dtype, activation, regime):
+    within_contract(fc1, dtype, activation, regime)
+
+
+def exact_gelu(fc1):
+    """To the polynomial's own error: half precision would hide tanh's."""
+    x = torch.linspace(-14, 14, 16 * 4096)
+    exact = x.double().requires_grad_()
+    truth = F.gelu(exact)
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
+    found, again = differentiated(fc1, torch.ones_like(x), x, "gelu")
+    assert (activated(fc1, x, "gelu") - truth).abs().max() <= 4e-6
+    assert (again - truth).abs().max() <= 4e-6
+    assert (found - slope).abs().max() <= 2e-5
+
+
+@needs_compiler
+def test_gelu_is_erfs(fc1):
+    exact_gelu(fc1)
+
+
+def shapes(backward):
+    """Rows, columns and depth of every product of ViT-S, -B and -L at 224 pixels."""
+    for width, batch in itertools.product(WIDTHS.values(), BATCHES):
+        yield 197 * batch, 4 * width, width
+
+
+def every_row_is_used(fc1):
+    """No kernel is compiled for nothing."""
+    for backward in (FORWARD, BACKWARD):
+        used = {
+            call(fc1.chosen, ctypes.c_int(backward), *shape, ctypes.c_int(H100)) for shape in shapes(backward)
+        }
+        assert used == set(range(fc1.tiles(backward)))
+
+
+@needs_compiler
+def test_every_row_of_the_tables_is_used(fc1):
+    every_row_is_used(fc1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("backward", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 78, 114, 132])
+def test_every_shape_has_the_cheapest_tile(fc1, backward, multiprocessors):
+    sizes = (1, 8, 64, 197, 1000, 1576, 50_432, 2**31 - 2000)
+    end = ctypes.c_int(multiprocessors)
+    for shape in itertools.product(sizes, (8, 768, 6144), (8, 384, 1536)):
+        row = call(fc1.chosen, ctypes.c_int(backward), *shape, end)
+        costs = [
+            call(fc1.cost, ctypes.c_int(backward), ctypes.c_int(i), *shape, end)
+            for i in range(fc1.tiles(backward))
+        ]
+        assert costs[row] == min(costs) > 0
+
+
+def small_and_large(fc1):
+    """Few rows have low tiles, and many the highest there are."""
+    rows = [
+        fc1.tile_rows(
+            FORWARD, call(fc1.chosen, ctypes.c_int(FORWARD), 197 * batch, 3072, 768, ctypes.c_int(H100))
+        )
+        for batch in (1, 256)
+    ]
+    assert rows == [64, 128]
+
+
+@needs_compiler
+def test_few_rows_have_low_tiles(fc1):
+    small_and_large(fc1)
+
+
+@needs_compiler
+def test_what_tma_cannot_address_is_left_to_the_portable_product(fc1):
+    def served(rows=197, columns=1536, depth=384, a=4096, b=64):
+        return bool(call(fc1.served, rows, columns, depth, ctypes.c_void_p(a), ctypes.c_void_p(b)))
+
+    assert served()
+    assert served(rows=1, columns=8, depth=8)
+    for unserved in ({"columns": 1540}, {"depth": 380}, {"rows": 0}, {"columns": 0}, {"depth": 0}):
+        assert not served(**unserved)
+    for unserved in ({"rows": 2**31}, {"columns": 2**31}, {"depth": 2**31}, {"a": 4104}, {"b": 2}):
+        assert not served(**unserved)
+
+
+# A pass of two warp groups each on a tile has four warps down a tile's rows; one of both together has eight.
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, (4, 4, 8)), (64, (4, 4, 8)), (65, (8, 4, 8)), (257, (20, 12, 24))]
+)
+def test_partial_sums_have_a_row_for_each_warp(fc1, rows, expected):
+    assert tuple(call(fc1.rows_of_partials, ctypes.c_int(row), rows) for row in range(3)) == expected
+
+
+CHECKS = {
+    "contract": lambda fc1: within_contract(fc1, torch.float16, "gelu", "randn"),
+    "quick_gelu": lambda fc1: within_contract(fc1, torch.float16, "quick_gelu", "randn"),
+    "gelu": exact_gelu,
+    "rows": every_row_is_used,
+    "small": small_and_large,
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("mutant", FC1_MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.fault}")
+def test_red_with_a_fault(mutant, tmp_path):
+    sources = tmp_path / "csrc"
+    shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.cpp", "*.py", "__pycache__"))
+    text = (sources / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} holds {text.count(mutant.old)} times: {mutant.old}"
+    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    with pytest.raises(AssertionError):
+        CHECKS[mutant.check](compiled(tmp_path, sources))
+
+
+MEASURED = {"op": "layer_norm_mlp", "gpu": "NVIDIA H100", "dtype": "bfloat16", "options": "fused", "ok": True}
+FUSED = {"width": 768, "hidden": 3072, "rows": [1, 1576], "ratio": 1.1, "direction": "fwd"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tokens and weights on a GPU that is not there, and a function that sets what was measured on it."""
+    monkeypatch.setattr(native_backend, "machine_name", lambda device: MEASURED["gpu"])
+
+    def measured(*rows):
+        parsed = [measurements._parsed(MEASURED | FUSED | row) for row in rows]
+        monkeypatch.setattr(measurements, "_tables", {key: (row,) for key, row in parsed})
+
+    measured()
+    with FakeTensorMode():
+        x = torch.empty(8, 197, 768, dtype=torch.bfloat16, device="cuda")
+        yield x, torch.empty(3072, 768, dtype=torch.bfloat16, device="cuda"), measured
+
+
+def test_it_is_used_only_where_it_was_measured_right_and_no_slower(gpu):
+    x, weight, measured = gpu
+
+    def fuses(direction, x=x, dtype=torch.bfloat16):
+        return native.fuses(x, weight, dtype, direction)
+
+    assert not fuses("fwd")
+    measured({})
+    assert fuses("fwd")
+    assert not fuses("bwd")
+    assert not fuses("fwd", dtype=torch.float16)
+    assert not fuses("fwd", torch.empty(9, 197, 768, dtype=torch.bfloat16, device="cuda"))
+    for row in ({"ratio": 0.9}, {"ok": False}, {"hidden": 1536}, {"gpu": "another"}):
+        measured(row)
+        assert not fuses("fwd")
+
+
+def test_a_benchmark_decides_for_itself(gpu):
+    x, weight, measured = gpu
+    with native.fusing(True):
+        assert native.fuses(x, weight, torch.bfloat16, "bwd")
+        with native.fusing(False):
+            assert not native.fuses(x, weight, torch.bfloat16, "bwd")
+        assert not native.fuses(torch.empty(1, 2, 768), torch.empty(8, 768), torch.float32, "fwd")
+    measured({})
+    with native.fusing(False):
+        assert not native.fuses(x, weight, torch.bfloat16, "fwd")
