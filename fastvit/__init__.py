@@ -4,7 +4,7 @@ Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled 
 """
 
 from . import ops
-from .accelerate import accelerate, fold_normalize, restore
+from .accelerate import accelerate, fold_normalize, register_hf, restore
 from .backends import use_backend
 from .checkpoint import load_checkpoint
 from .derived import refresh
@@ -40,7 +40,17 @@ __all__ = [
     "load_checkpoint",
     "ops",
     "refresh",
+    "register_hf",
     "restore",
     "use_backend",
     "verify",
 ]
+
+
+def __getattr__(name: str):
+    # timm is imported only by who uses it: timm.create_model(..., block_fn=fastvit.TimmBlock).
+    if name == "TimmBlock":
+        from .accelerate.timm_vit import Block
+
+        return Block
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, why_left_alone
+from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, typed_weights_of, why_left_alone
 from .accelerate.example import Inputs, as_call, example_input
 from .accelerate.registry import load_families
 from .backends import use_backend
@@ -102,9 +102,11 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
     args, kwargs = as_call(example_input(model) if x is None else x)
     recorder, flops = _traced(model, args, kwargs, arch, count=x is not None)
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
-    left |= own_embeddings_of(model)
+    left |= own_embeddings_of(model) | typed_weights_of(model)
     rows = [Row(name, "forward", "original", False, reason) for name, reason in left.items()]
     for event in recorder.events:
+        if event.module in left:
+            continue
         rows.append(Row(event.module, event.op or "forward", event.backend, event.accelerated, event.reason))
     rows = list(dict.fromkeys(rows))
     blocks = list(blocks_of(model))

@@ -9,7 +9,8 @@ weight of another type) the block runs its original forward. ``registry`` knows 
 file per family of models holds them, and is imported when that library is.
 """
 
+from .huggingface.attention import register_hf
 from .normalization import fold_normalize
 from .swap import accelerate, restore
 
-__all__ = ["accelerate", "fold_normalize", "restore"]
+__all__ = ["accelerate", "fold_normalize", "register_hf", "restore"]

@@ -4,6 +4,7 @@ from torch import nn
 
 from ..layers.block import Block
 from ..layers.pool import AttentionPoolLatent
+from ..ops.overrides import overridden
 from .blocks import FusedBlock
 from .registry import LEFT_ALONE, REPLACEMENTS, is_replaced
 
@@ -77,3 +78,14 @@ def own_embeddings_of(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if "patch_embed" in module._modules and not getattr(type(module), "normalizes", False)
     }
+
+
+def typed_weights_of(model: nn.Module) -> dict[str, str]:
+    """The blocks with a weight of another type, which a run without data does not see, and which it is."""
+    found = {}
+    for name, block in blocks_of(model).items():
+        for parameter, tensor in block.named_parameters():
+            if overridden((tensor,)):
+                layer, _, kind = parameter.rpartition(".")
+                found[name] = f"{layer} has a {type(tensor).__name__} as its {kind}"
+    return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops, recording
 from ..layers.patch_embed import cuts_patches
 from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, weight_and_bias
-from .blocks import Settings
+from ..layers.settings import Settings
 
 
 class Patches(NamedTuple):

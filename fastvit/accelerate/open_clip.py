@@ -11,7 +11,8 @@ from ..layers.mlp import two_layers
 from ..layers.norm import NORMS, NormArguments, norm_arguments
 from ..layers.plain import LINEARS, Unfused, known, plain_child
 from ..layers.regularization import LAYER_SCALES, layer_scale
-from .blocks import FusedBlock, Settings
+from ..layers.settings import Settings
+from .blocks import FusedBlock
 from .embeddings import patches
 from .multihead import attention_half
 from .registry import LEFT_ALONE, classes, replaces

@@ -9,7 +9,8 @@ from ..layers.halves import AttentionHalf, Branch, MlpHalf
 from ..layers.mlp import two_layers
 from ..layers.norm import NormArguments, norm_arguments
 from ..layers.plain import LINEARS, Unfused, idle_child, known, plain_child
-from .blocks import FusedBlock, Settings
+from ..layers.settings import Settings
+from .blocks import FusedBlock
 from .embeddings import patches
 from .multihead import attention_half
 from .registry import replaces

@@ -1,9 +1,8 @@
 """`attn_implementation="fastvit"`: fastvit's attention, and its masks, for transformers' models at large."""
 
-import torch
 from torch import Tensor, nn
 
-from ... import ops
+from ...ops.attention import attention_of_views
 
 # Arguments of transformers' attention functions that change nothing of what ours computes.
 _HARMLESS = frozenset(("output_attentions", "output_hidden_states", "use_cache"))
@@ -15,8 +14,8 @@ def register_hf() -> None:
     Attention and the masks for it are registered together: transformers gives a function whose masks it does
     not know none at all. Calls that the op does not compute go to transformers' "sdpa".
     """
-    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register("fastvit", attention_forward)
     AttentionMaskInterface.register("fastvit", sdpa_mask)
@@ -42,10 +41,7 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    num_heads = query.shape[1]
-    packed = torch.stack([tensor.transpose(1, 2) for tensor in (query, key, value)], dim=2).flatten(2)
+    views = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     is_causal = bool(is_causal) and attention_mask is None
-    out = ops.attention(
-        packed, num_heads, scaling, attn_mask=attention_mask, is_causal=is_causal, dropout_p=dropout
-    )
-    return out.unflatten(-1, (num_heads, -1)), None
+    out = attention_of_views(*views, scaling, attention_mask, is_causal, dropout)
+    return out.unflatten(-1, views[0].shape[2:]), None
