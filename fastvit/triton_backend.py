@@ -134,7 +134,7 @@ def _machine(tensor: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     if tensor is None:
-        if INTERPRETED:
+        if _interpreted():
             return None
         if gpus.assumed() is None and not torch.cuda.is_available():
             return "Triton needs a CUDA GPU; torch finds none"
@@ -142,15 +142,20 @@ def _machine(tensor: Tensor | None) -> str | None:
     device, dtype = tensor.device, compute_dtype(tensor)
     if device.type == "meta":
         return "meta tensors have no data"
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+    if device.type != "cuda" and not (_interpreted() and device.type == "cpu"):
         return f"Triton needs a CUDA GPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
     if transformed():
         return "its kernels have no rules for torch.func's transforms and forward-mode derivatives"
-    if INTERPRETED:
+    if _interpreted():
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return _too_old(device)
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in the interpreter here; for a GPU that is assumed the answer is as there."""
+    return INTERPRETED and gpus.assumed() is None
 
 
 def _software() -> str | None:
@@ -180,7 +185,7 @@ def _worth(
     op: str, tensor: Tensor | None, options: str = "", gradient: bool = False, sizes: dict | None = None
 ) -> str | None:
     device = torch.device("cuda") if tensor is None else tensor.device
-    if INTERPRETED or device.type != "cuda":
+    if _interpreted() or device.type != "cuda":
         return "Triton's interpreter is for tests"
     name = gpus.gpu_of(device).name
     if sizes is None:

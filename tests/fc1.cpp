@@ -1,6 +1,10 @@
 // csrc/fragments.h and fc1_tiles.h behind plain C names, for test_fc1.py.
+#include <pthread.h>
+
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "fc1_tiles.h"
 #include "fragments.h"
@@ -11,7 +15,7 @@ namespace {
 
 // As many numbers as a thread holds of an epilogue's tile.
 struct Fragment {
-  static constexpr int kSize = 16;
+  static constexpr int kSize = kHeld;
   float numbers[kSize];
 
   constexpr std::size_t size() const { return kSize; }
@@ -26,12 +30,6 @@ Fragment load(const float* from) {
 }
 
 void store(float* to, const Fragment& fragment) { std::memcpy(to, &fragment, sizeof fragment); }
-
-// Calls use(table) with the table of tiles of the forward or the backward pass.
-template <typename Use>
-auto with_table(int backward, const Use& use) {
-  return backward ? use(kBackwardTiles) : use(kForwardTiles);
-}
 
 }  // namespace
 
@@ -51,29 +49,46 @@ void differentiated(const float* grad, const float* x, float* dx, float* y, std:
   }
 }
 
-int tiles(int backward) {
-  return with_table(backward, [](const auto& table) { return int(sizeof table / sizeof *table); });
+// The sums of eight columns by eight lanes that run side by side, of which each has eight numbers.
+void sums_over_lanes(const float* numbers, float* sums) {
+  constexpr int kLanes = kHeldColumns;
+  float shared[kLanes];
+  pthread_barrier_t barrier;
+  pthread_barrier_init(&barrier, nullptr, kLanes);
+  std::vector<std::thread> lanes;
+  for (int place = 0; place < kLanes; ++place) {
+    lanes.emplace_back([&, place] {
+      float own[kHeldColumns];
+      std::memcpy(own, numbers + place * kHeldColumns, sizeof own);
+      sums[place] = sum_over_lanes(own, place, [&](float number, int distance) {
+        shared[place] = number;
+        pthread_barrier_wait(&barrier);
+        const float other = shared[place ^ distance];
+        pthread_barrier_wait(&barrier);
+        return other;
+      });
+    });
+  }
+  for (std::thread& lane : lanes) lane.join();
+  pthread_barrier_destroy(&barrier);
 }
 
-int tile_rows(int backward, int row) {
-  return with_table(backward, [&](const auto& table) { return table[row].rows; });
+int column(int place) { return column_at_place(place); }
+int place(int column) { return place_of_column(column); }
+
+int tiles() { return int(kTileCount); }
+
+int tile_rows(int row) { return kTiles[row].rows; }
+
+int chosen(std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
+  return int(tile_for({rows, columns, depth}, multiprocessors));
 }
 
-int chosen(int backward, std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
-  return with_table(backward, [&](const auto& table) {
-    return int(tile_for(table, {rows, columns, depth}, multiprocessors));
-  });
+double cost(int row, std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
+  return modelled_cost(kTiles[row], {rows, columns, depth}, multiprocessors);
 }
 
-double cost(int backward, int row, std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
-  return with_table(backward, [&](const auto& table) {
-    return modelled_cost(table[row], {rows, columns, depth}, multiprocessors);
-  });
-}
-
-std::int64_t rows_of_partials(int row, std::int64_t rows) {
-  return partial_rows(kBackwardTiles[row], {rows, 8, 8});
-}
+std::int64_t rows_of_partials(int row, std::int64_t rows) { return partial_rows(kTiles[row], {rows, 8, 8}); }
 
 int served(std::int64_t rows, std::int64_t columns, std::int64_t depth, const void* a, const void* b) {
   return fits({rows, columns, depth}, {a, b});

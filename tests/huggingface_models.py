@@ -2,7 +2,7 @@
 
 import torch
 import transformers as hf
-from accelerated import images
+from library_parity import images
 from torch import nn
 
 SMALL = {
@@ -16,8 +16,14 @@ MLP = SMALL | {"intermediate_size": 96}
 DINO = SMALL | {"mlp_ratio": 2, "layerscale_value": 0.5}
 DINOV3 = MLP | {"layerscale_value": 0.5, "num_register_tokens": 3}
 TEXT = {
-    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49, "bos_token_id": 48},
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 12,
+    "eos_token_id": 49,
+    "bos_token_id": 48,
 }
 WORDS = torch.tensor([[48, 5, 6, 7, 8, 9, 49, 1], [48, 3, 49, 1, 1, 1, 1, 1]] * 4)
 PADDING = torch.tensor([[1] * 8, [1] * 3 + [0] * 5] * 4)

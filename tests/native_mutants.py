@@ -159,6 +159,13 @@ _FC1 = {
         ("gelu for quick_gelu", "use(QuickGelu())", "use(GeluHalf())", "quick_gelu"),
         ("a neighbour's number", "::value(x[i])", "::value(x[i & ~1])", "contract"),
         ("slope dropped", "= grad[i] * slope;", "= grad[i];", "contract"),
+        (
+            "a lane keeps what it sends",
+            "kept = upper ? sums[i + half]",
+            "kept = !upper ? sums[i + half]",
+            "sums",
+        ),
+        ("a step of the lanes left out", "half > 0; half /= 2", "half > 1; half /= 2", "sums"),
         ("slope for the activation", "= grad[i] * slope;", "= grad[i] * (activated[i] = slope);", "contract"),
     ],
     "activations.h": [

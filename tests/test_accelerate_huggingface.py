@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from accelerated import BLOCK, assert_parity, events, pair
 from huggingface_models import MODELS, build
+from library_parity import BLOCK, assert_parity, events, pair
 
 import fastvit
 
@@ -39,3 +39,17 @@ def test_outputs_and_gradients_of_the_compiled_ops_are_too(case):
         with torch.no_grad(), fastvit.recording.recording() as recorder:
             ours(**call)
     assert "cpp" in {event.backend for event in recorder.events}
+
+
+# Rotary positions, tokens before the patches with and without positions, no such tokens, a mask: the kernels'
+# options, on few images, because they are interpreted where there is no GPU.
+@pytest.mark.parametrize("name", ["vit", "dinov2 with registers", "dinov3", "siglip"])
+def test_outputs_and_gradients_of_the_kernels_are_too(name):
+    model, call = build(name)
+    original, ours = pair(model)
+    call = {key: value[:2] for key, value in call.items()}
+    with fastvit.use_backend("triton"), fastvit.recording.recording() as recorder:
+        assert_parity(original, ours, **call)
+    assert {event.backend for event in recorder.events if event.op in ("attention", "patch_embed")} == {
+        "triton"
+    }

@@ -95,7 +95,7 @@ def test_a_failed_check_is_a_non_zero_exit(run, monkeypatch):
     [
         (
             ["verify", "vit_bas_patch16_224"],
-            "unknown variant 'vit_bas_patch16_224'; did you mean vit_base_patch16_224",
+            "unknown model 'vit_bas_patch16_224': it is no variant of fastvit, no model of timm",
         ),
         (["verify", "vit_tiny_patch16_224", "--checkpoint", "none.pth"], "none.pth: No such file"),
         (["verify", "vit_tiny_patch16_224", "--device", "gpu"], "unknown device 'gpu'; try cpu or cuda"),
@@ -130,5 +130,5 @@ def test_as_a_process_the_error_has_no_traceback():
         [sys.executable, "-m", "fastvit.cli", "verify", "nope"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("fastvit: error: unknown variant 'nope'")
+    assert done.stderr.startswith("fastvit: error: unknown model 'nope'")
     assert "Traceback" not in done.stderr

@@ -28,16 +28,16 @@ import libraries  # noqa: E402
 HALF = (torch.float16, torch.bfloat16)
 # In the order of the C++ enumeration.
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
-FORWARD, BACKWARD = 0, 1
 H100 = 132  # multiprocessors
-WIDTHS = {"S": 384, "B": 768, "L": 1024}
+WIDTHS = (384, 768, 1024)
 BATCHES = (1, 8, 64, 256)
 
 
 def compiled(folder, sources=CSRC):
     """The headers behind plain C names."""
     library = folder / "fc1.so"
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    flags += libraries.LOOP_FLAGS
     command = [COMPILER, *flags, f"-I{sources}", str(TESTS / "fc1.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(library))
@@ -141,50 +141,54 @@ def test_gelu_is_erfs(fc1):
     exact_gelu(fc1)
 
 
-def shapes(backward):
-    """Rows, columns and depth of every product of ViT-S, -B and -L at 224 pixels."""
-    for width, batch in itertools.product(WIDTHS.values(), BATCHES):
-        yield 197 * batch, 4 * width, width
-
-
-def every_row_is_used(fc1):
-    """No kernel is compiled for nothing."""
-    for backward in (FORWARD, BACKWARD):
-        used = {
-            call(fc1.chosen, ctypes.c_int(backward), *shape, ctypes.c_int(H100)) for shape in shapes(backward)
-        }
-        assert used == set(range(fc1.tiles(backward)))
+def sums_of_columns(fc1):
+    """Eight lanes add up eight columns, and each is left with its own."""
+    numbers = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    sums = torch.empty(8)
+    call(fc1.sums_over_lanes, numbers, sums)
+    assert (sums - numbers.double().sum(0)).abs().max() <= 8 * 2**-24 * numbers.abs().sum(0).max()
 
 
 @needs_compiler
-def test_every_row_of_the_tables_is_used(fc1):
+def test_lanes_add_up_their_columns(fc1):
+    sums_of_columns(fc1)
+
+
+# Where a warp group's product lies: of 32 columns the first four lanes hold eight each, and together all.
+@needs_compiler
+def test_every_column_is_summed_by_one_lane(fc1):
+    assert [fc1.place(fc1.column(place)) for place in range(8)] == list(range(8))
+    held = [fc1.column(place) + 2 * lane for lane in range(4) for place in range(8)]
+    assert sorted(held) == list(range(32))
+
+
+def chosen(fc1, shape, multiprocessors=H100):
+    return call(fc1.chosen, *shape, ctypes.c_int(multiprocessors))
+
+
+def every_row_is_used(fc1):
+    """By some product of ViT-S, -B and -L at 224 pixels: no kernel is compiled for nothing."""
+    shapes = [(197 * batch, 4 * width, width) for width in WIDTHS for batch in BATCHES]
+    assert {chosen(fc1, shape) for shape in shapes} == set(range(fc1.tiles()))
+
+
+@needs_compiler
+def test_every_row_of_the_table_is_used(fc1):
     every_row_is_used(fc1)
 
 
 @needs_compiler
-@pytest.mark.parametrize("backward", [FORWARD, BACKWARD], ids=["forward", "backward"])
 @pytest.mark.parametrize("multiprocessors", [1, 2, 78, 114, 132])
-def test_every_shape_has_the_cheapest_tile(fc1, backward, multiprocessors):
-    sizes = (1, 8, 64, 197, 1000, 1576, 50_432, 2**31 - 2000)
-    end = ctypes.c_int(multiprocessors)
+def test_every_shape_has_the_cheapest_tile(fc1, multiprocessors):
+    sizes, end = (1, 8, 64, 197, 1000, 1576, 50_432, 2**31 - 2000), ctypes.c_int(multiprocessors)
     for shape in itertools.product(sizes, (8, 768, 6144), (8, 384, 1536)):
-        row = call(fc1.chosen, ctypes.c_int(backward), *shape, end)
-        costs = [
-            call(fc1.cost, ctypes.c_int(backward), ctypes.c_int(i), *shape, end)
-            for i in range(fc1.tiles(backward))
-        ]
-        assert costs[row] == min(costs) > 0
+        costs = [call(fc1.cost, ctypes.c_int(row), *shape, end) for row in range(fc1.tiles())]
+        assert costs[chosen(fc1, shape, multiprocessors)] == min(costs) > 0
 
 
 def small_and_large(fc1):
     """Few rows have low tiles, and many the highest there are."""
-    rows = [
-        fc1.tile_rows(
-            FORWARD, call(fc1.chosen, ctypes.c_int(FORWARD), 197 * batch, 3072, 768, ctypes.c_int(H100))
-        )
-        for batch in (1, 256)
-    ]
-    assert rows == [64, 128]
+    assert [fc1.tile_rows(chosen(fc1, (197 * batch, 3072, 768))) for batch in (1, 256)] == [64, 128]
 
 
 @needs_compiler
@@ -205,19 +209,17 @@ def test_what_tma_cannot_address_is_left_to_the_portable_product(fc1):
         assert not served(**unserved)
 
 
-# A pass of two warp groups each on a tile has four warps down a tile's rows; one of both together has eight.
 @needs_compiler
-@pytest.mark.parametrize(
-    ("rows", "expected"), [(1, (4, 4, 8)), (64, (4, 4, 8)), (65, (8, 4, 8)), (257, (20, 12, 24))]
-)
-def test_partial_sums_have_a_row_for_each_warp(fc1, rows, expected):
-    assert tuple(call(fc1.rows_of_partials, ctypes.c_int(row), rows) for row in range(3)) == expected
+@pytest.mark.parametrize(("rows", "expected"), [(1, {1}), (64, {1}), (65, {1, 2}), (257, {3, 5})])
+def test_partial_sums_have_a_row_for_each_row_of_tiles(fc1, rows, expected):
+    assert {call(fc1.rows_of_partials, ctypes.c_int(row), rows) for row in range(fc1.tiles())} == expected
 
 
 CHECKS = {
     "contract": lambda fc1: within_contract(fc1, torch.float16, "gelu", "randn"),
     "quick_gelu": lambda fc1: within_contract(fc1, torch.float16, "quick_gelu", "randn"),
     "gelu": exact_gelu,
+    "sums": sums_of_columns,
     "rows": every_row_is_used,
     "small": small_and_large,
 }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.halves import AttentionHalf, Branch
 from ..layers.norm import NormArguments
-from ..layers.plain import LINEARS, Unfused, known, plain_child, weight_and_bias
+from ..layers.plain import LINEARS, Unfused, known, parameter, plain_child, weight_and_bias
 
 MULTIHEAD = (known(nn.MultiheadAttention),)
 
@@ -19,7 +19,7 @@ def attention_half(block: nn.Module, name: str, norm: NormArguments, branch: Bra
         Unfused: if it is to run its own forward.
     """
     attn = plain_child(block, name, MULTIHEAD)
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    weight, bias = (parameter(attn, f"in_proj_{kind}") for kind in ("weight", "bias"))
     if weight is None:
         raise Unfused(f"{name} has keys or values of another width")
     if not attn.batch_first:

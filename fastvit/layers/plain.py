@@ -33,7 +33,7 @@ _FORWARDS = {
     if hasattr(layer, "forward")
 }
 _OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Each tells of a forward hook whether it would do nothing now: some libraries leave hooks on modules for good.
+# Each tells of a forward hook whether it would do nothing now: some libraries leave hooks for good.
 IDLE_HOOKS: list[Callable[[Callable], bool]] = []
 
 
@@ -122,6 +122,12 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if "weight" in own:
         return own["weight"], own["bias"] if "bias" in own else module.__dict__.get("bias")
     return module.weight, getattr(module, "bias", None)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of another name, itself also while torch.fx traces, which makes proxies of attributes."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def _why_not_plain(child: nn.Module | None) -> str:

@@ -97,6 +97,22 @@ def attention(
     return reference(q, k, v, **options)
 
 
+def attention_of_views(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The same of q, k and v [B, N, H, d] with any strides, without norms and rotary positions, or checks."""
+    options = {"scale": scale, "attn_mask": attn_mask, "is_causal": is_causal, "dropout_p": dropout_p}
+    if backends.resolve("attention", q, k, v, **options) == "triton":
+        return attention_triton.attention_of_views(q, k, v, scale, attn_mask)
+    return reference(q, k, v, **options)
+
+
 def _check_packing(qkv: Tensor, num_heads: int) -> int:
     checks.rank("attention", "qkv", qkv, "B, N, 3*H*d")
     checks.floating("attention", "qkv", qkv)

@@ -20,6 +20,12 @@ OPTIONS = (
     "Tensor? rope_sin, str rope_layout, int num_prefix_tokens"
 )
 NAMES = tuple(option.split()[-1] for option in OPTIONS.split(", "))
+_DEFAULTS = dict.fromkeys(NAMES) | {
+    "qk_norm": "",
+    "qk_norm_eps": 1e-6,
+    "rope_layout": "half",
+    "num_prefix_tokens": 0,
+}
 NORMS = NAMES[4:8]  # what may get a gradient beside q, k and v
 
 
@@ -42,6 +48,15 @@ def attention(
     if needs_gradient(qkv, *values):
         return _Packed.apply(qkv, num_heads, *values)
     return registration.call(_fwd, *views, *values, False)[0]
+
+
+def attention_of_views(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, attn_mask: Tensor | None
+) -> Tensor:
+    """Of q, k and v that are projections of their own: no copy of them is made."""
+    dtype = compute_dtype(q)
+    options = {**_DEFAULTS, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "attn_mask": attn_mask}
+    return _fwd(q.to(dtype), k.to(dtype), v.to(dtype), *[options[name] for name in NAMES], False)[0]
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

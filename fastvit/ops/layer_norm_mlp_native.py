@@ -92,8 +92,8 @@ def _fwd_kernels(*arguments):
     if inputs.gate_weight is not None:
         gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep, fold)
         ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
-    tf32 = native.allows_tf32(inputs.x)
-    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, tf32)
+    how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
+    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, *how)
 
 
 def _fwd_shapes(*arguments):
@@ -119,9 +119,9 @@ def _fwd_autograd(*arguments):
 
 def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
     *weights, eps, activation, norm, needs = rest
+    how = native.fuses(x, weights[0], weights[0].dtype, "bwd"), native.allows_tf32(x)
     return native.ops.layer_norm_mlp_bwd(
-        *(grad, x, saved, norm_weight, norm_bias, *weights, eps, activation, norm),
-        *(native.bits(needs), native.allows_tf32(x)),
+        *(grad, x, saved, norm_weight, norm_bias, *weights, eps, activation, norm, native.bits(needs)), *how
     )
 
 

@@ -7,12 +7,14 @@ The libraries register the CPU's and CUDA's functions for them when fastvit.exte
 is differentiable or traced: fastvit::<op>_fwd and <op>_bwd, registered beside each op, call these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
+from .. import measurements, native_backend
 from ..call_facts import tf32
 from ..derived import kept
 
@@ -35,9 +37,10 @@ SCHEMAS = (
     "linear_residual_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor weight, Tensor? layer_scale, "
     "Tensor? sample_scale, int needs, bool tf32) -> Tensor[]",
     f"layer_norm_mlp_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, {MLP_WEIGHTS}, float eps, "
-    "str activation, str norm, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "str activation, str norm, bool save, bool fused, bool tf32) -> (Tensor, Tensor[])",
     f"layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
-    f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool tf32) -> Tensor[]",
+    f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool fused, bool tf32) "
+    "-> Tensor[]",
 )
 _library = Library("fastvit_native", "DEF")
 for _schema in SCHEMAS:
@@ -88,6 +91,34 @@ def _packs(x: Tensor, dtype: torch.dtype) -> bool:
 def allows_tf32(x: Tensor) -> bool:
     """Whether the op's float32 products may be tf32, which is torch's setting for its own."""
     return x.is_cuda and tf32("linear")
+
+
+def fuses(x: Tensor, fc1_weight: Tensor, dtype: torch.dtype, direction: str) -> bool:
+    """Whether fc1's product has the activation in its epilogue, if the library has a kernel for the call.
+
+    It has where that was measured right and no slower than the product and the activation after it: in tables
+    of measurements this is ``layer_norm_mlp`` with the options "fused". Inside ``fusing`` that decides.
+    """
+    if not x.is_cuda:
+        return False
+    if _fusing:
+        return _fusing[-1]
+    gpu, named = native_backend.machine_name("cuda"), str(dtype).removeprefix("torch.")
+    sizes = {"width": x.shape[-1], "hidden": fc1_weight.shape[0], "rows": x.shape[0] * x.shape[1]}
+    return measurements.refusal("layer_norm_mlp", gpu, named, (direction,), "fused", sizes) is None
+
+
+_fusing: list[bool] = []
+
+
+@contextmanager
+def fusing(on: bool) -> Iterator[None]:
+    """For benchmarks and tests: every call inside is fused if it can be, or none is."""
+    _fusing.append(on)
+    try:
+        yield
+    finally:
+        _fusing.pop()
 
 
 def bits(needs: Sequence[bool]) -> int:
