@@ -17,13 +17,12 @@ import torch
 import typer
 from rich.progress import track
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
 from fastvit.accelerate.candidates import blocks_of
 from fastvit.accelerate.example import example_input
+from fastvit.fake_run import run_without_data
 from fastvit.gpus import assume_arch
 from fastvit.verification import randomize
 
@@ -117,19 +116,9 @@ def calls(model: nn.Module) -> set[tuple[str, str]]:
                 found.add((inside[-1], func._opname.removesuffix("_fwd")))
             return func(*args, **kwargs or {})
 
-    mode, images = FakeTensorMode(allow_non_fake_inputs=True), example_input(model)
-    given = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with mode:
-        fakes = {name: _on_cuda(tensor) for name, tensor in given.items()}
-        images = _on_cuda(images)
-    settings = (_entering(model, inside), assume_arch(ARCH), fastvit.use_backend(**KERNELS))
-    with settings[0], settings[1], settings[2], torch.no_grad(), mode, Record():
-        functional_call(model, fakes, (images,))
+    with _entering(model, inside), assume_arch(ARCH), fastvit.use_backend(**KERNELS), Record():
+        run_without_data(model, (example_input(model),), {}, "cuda", gradients=False)
     return found
-
-
-def _on_cuda(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
 
 @contextmanager
@@ -152,7 +141,7 @@ def table(lines: dict[str, list[Line]]) -> str:
         "# Which of timm's vision transformers are served",
         "",
         "Written by `make coverage`. *Blocks*: the share of them whose every op has a Triton or CUDA kernel",
-        f'on an H100 ({ARCH}), as `fastvit.explain(model, arch="{ARCH}")` says and a run on fake CUDA tensors',
+        f'on an H100, as `fastvit.explain(model, arch="{ARCH}")` says and a run on fake CUDA tensors',
         "confirms. *Error*: the largest of the outputs' errors in float32 on a CPU, against the original in",
         "float64, two blocks deep with random weights; embedding, blocks and output are all judged by the",
         "parity contract.",

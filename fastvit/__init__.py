@@ -17,6 +17,7 @@ from .errors import (
     ParityError,
 )
 from .explanation import Explanation, explain
+from .tuning import Tuning, tune
 from .variants import create_model, list_models
 from .verification import verify
 from .vit import VisionTransformer
@@ -31,6 +32,7 @@ __all__ = [
     "ExtensionNotBuilt",
     "FastvitError",
     "ParityError",
+    "Tuning",
     "VisionTransformer",
     "accelerate",
     "create_model",
@@ -42,6 +44,7 @@ __all__ = [
     "refresh",
     "register_hf",
     "restore",
+    "tune",
     "use_backend",
     "verify",
 ]

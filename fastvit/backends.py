@@ -204,6 +204,8 @@ def _record(op: str, chosen: str, *args, **kwargs) -> None:
     reason = _why(op, chosen, "", *args, **kwargs)
     for recorder in recording.active:
         recorder.add(op, chosen, served, reason)
+        if recorder.calls is not None:
+            recorder.calls.append((op, args, kwargs))
 
 
 def _not_worth(row: Backend, hint: str, *args, **kwargs) -> str | None:
@@ -243,7 +245,10 @@ def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
         passed.append((row, row.can_run(*args, **kwargs) or _not_worth(row, hint, *args, **kwargs)))
     here = next((value.device.type for value in args if isinstance(value, torch.Tensor)), None)
     # What is made for another kind of device is worth no word beside what is made for this one.
-    telling = [(row, reason) for row, reason in passed if here is None or row.device == here] or passed
+    telling = [(row, reason) for row, reason in passed if here is None or row.device == here]
+    if not telling and here is not None and chosen != "reference":
+        return "FASTVIT_UNMEASURED is set" if _unmeasured else "measured right and no slower here"
+    telling = telling or passed
     names_by_reason: dict[str, list[str]] = {}
     for row, reason in telling:
         names_by_reason.setdefault(reason, []).append(row.name)

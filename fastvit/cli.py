@@ -93,6 +93,27 @@ def explain(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, MODEL],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in the batch that is to be fast.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="The model's dtype.")] = Dtype.float32,
+    backward: Annotated[bool, typer.Option(help="Measure gradients too.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="On a CPU, measure the C++ library.")] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Measure every kernel at a model's shapes on this GPU, and keep what `auto` goes by from then on."""
+    from .commands import tune_command
+
+    console = _console(stderr=json)
+    tuning = tune_command(console, model, batch_size, dtype.value, backward, cpu, device)
+    if json:
+        typer.echo(tuning.to_json())
+    else:
+        console.print(tuning)
+
+
+@app.command()
 def demo(
     photos: Annotated[
         Path | None, typer.Option(help="A folder of images instead of the photos that ship.")

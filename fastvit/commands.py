@@ -16,6 +16,7 @@ from .contract import Report
 from .explanation import Explanation, explain
 from .gemm_libraries import gemm_libraries
 from .model_names import load_model
+from .tuning import Tuning, tune
 from .verification import op_cases, randomize, verify, verify_op
 
 
@@ -68,6 +69,17 @@ def explain_command(name: str, checkpoint: Path | None, arch: str | None, flops:
     return explain(model, example_input(model) if flops else None, arch)
 
 
+def tune_command(
+    console: Console, name: str, batch_size: int, dtype: str, backward: bool, cpu: bool, device: str | None
+) -> Tuning:
+    """The model's kernels, measured on one device."""
+    place = pick_device(device)
+    model = load_model(name).model.to(place, getattr(torch, dtype)).train(backward)
+    _accelerate(name, model)
+    with _progress(console, 1) as step:
+        return tune(model, example_input(model, batch_size), cpu=cpu, on_start=step.of, on_step=step)
+
+
 def _accelerate(name: str, model: nn.Module) -> None:
     if not blocks_of(model):
         raise ValueError(f"{name} has no block of a vision transformer: there is nothing to accelerate")
@@ -107,16 +119,23 @@ def _timm_twin(name: str, model: nn.Module) -> nn.Module | None:
     return twin.to(parameter.device, parameter.dtype)
 
 
+class _Step:
+    """Called with the name of what starts; ``of`` says of how many."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.started = progress, False
+        self.task = progress.add_task("", total=total)
+
+    def of(self, total: int) -> None:
+        self.progress.update(self.task, total=total)
+
+    def __call__(self, description: str) -> None:
+        self.progress.update(self.task, description=description, advance=int(self.started))
+        self.started = True
+
+
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator:
+def _progress(console: Console, total: int) -> Iterator[_Step]:
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        started = False
-
-        def step(description: str) -> None:
-            nonlocal started
-            progress.update(task, description=description, advance=int(started))
-            started = True
-
-        yield step
+        yield _Step(progress, total)

@@ -6,16 +6,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, typed_weights_of, why_left_alone
 from .accelerate.example import Inputs, as_call, example_input
 from .accelerate.registry import load_families
 from .backends import use_backend
+from .fake_run import run_without_data
 from .gpus import assume_arch
 from .recording import Recorder, recording
 
@@ -100,7 +98,9 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
     """
     load_families()
     args, kwargs = as_call(example_input(model) if x is None else x)
-    recorder, flops = _traced(model, args, kwargs, arch, count=x is not None)
+    with assume_arch(arch), recording() as recorder, _named(model, recorder):
+        run_without_data(model, args, kwargs, "cuda" if arch else None, gradients=model.training)
+    flops = {} if x is None else _flops(model, args, kwargs)
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
     left |= own_embeddings_of(model) | typed_weights_of(model)
     rows = [Row(name, "forward", "original", False, reason) for name, reason in left.items()]
@@ -131,40 +131,11 @@ def _order(model: nn.Module):
     return lambda row: position.get(row.module, -1)
 
 
-def _traced(
-    model: nn.Module, args: tuple, kwargs: dict, arch: str | None, count: bool
-) -> tuple[Recorder, dict[str, int]]:
-    """What a run without data does, and its FLOPs by module."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **kwargs}
-    given |= {f"argument {i}": value for i, value in enumerate(args)}
-
-    def run(gradients: bool) -> None:
-        fakes = {
-            name: _fake(value, mode, "cuda" if arch else None, gradients) for name, value in given.items()
-        }
-        inputs = tuple(fakes.pop(f"argument {i}") for i in range(len(args)))
-        named = {name: fakes.pop(name) for name in kwargs}
-        with assume_arch(arch), mode, torch.set_grad_enabled(gradients):
-            functional_call(model, fakes, inputs, named)
-
-    with recording() as recorder, _named(model, recorder):
-        run(gradients=model.training)
-    if not count:
-        return recorder, {}
+def _flops(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
+    """FLOPs by the names of modules, behind the model's class, and of all as "Global"."""
     with use_backend("reference"), FlopCounterMode(display=False) as counter:
-        run(gradients=False)
-    counts = counter.get_flop_counts()
-    return recorder, {name: sum(ops.values()) for name, ops in counts.items()}
-
-
-def _fake(value: Any, mode: FakeTensorMode, device: str | None, gradients: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    with mode:
-        place = device or value.device
-        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
-        return fake.requires_grad_(gradients and value.requires_grad)
+        run_without_data(model, args, kwargs, None, gradients=False)
+    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
 
 @contextmanager

@@ -16,8 +16,10 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Bounds = tuple[tuple[str, int, int | None], ...]
 Key = tuple[str, str, str, str, str]
@@ -25,6 +27,19 @@ Key = tuple[str, str, str, str, str]
 NOTES = {"ok", "ratio", "torch", "triton", "date", "commit"}
 KEY = ("op", "gpu", "dtype", "direction", "options")
 
+
+class Question(NamedTuple):
+    """What `auto` asks the tables of a call."""
+
+    op: str
+    gpu: str
+    dtype: str
+    directions: tuple[str, ...]
+    options: str
+    sizes: dict[str, int]
+
+
+_listeners: list[list[Question]] = []
 _tables: dict[Key, tuple[tuple[Bounds, str | None], ...]] | None = None
 
 
@@ -32,6 +47,8 @@ def refusal(
     op: str, gpu: str, dtype: str, directions: tuple[str, ...], options: str, sizes: dict
 ) -> str | None:
     """None if every direction of the call was measured right and no slower than torch's op, else why not."""
+    if _listeners:
+        _listeners[-1].append(Question(op, gpu, dtype, directions, options, sizes))
     for direction in directions:
         verdict = "not measured"
         for bounds, said in _rows(op, gpu, dtype, direction, options):
@@ -47,6 +64,35 @@ def any_of(op: str, gpu: str) -> bool:
     """Whether anything of the op was measured on this GPU to be right and no slower."""
     good = (key for key, rows in _loaded().items() if any(said is None for _, said in rows))
     return (op, gpu) in {key[:2] for key in good}
+
+
+@contextmanager
+def listening() -> Iterator[list[Question]]:
+    """What is asked inside the ``with`` block: a call's question is answered by rows of its fields."""
+    questions: list[Question] = []
+    _listeners.append(questions)
+    try:
+        yield questions
+    finally:
+        _listeners.remove(questions)
+
+
+def keep(rows: list[dict[str, Any]]) -> Path:
+    """Add rows to the user's own table, in the place of those for the same calls; returns the file."""
+    path = user_file()
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    new = {_identity(row) for row in rows}
+    rows = [*rows, *(row for row in known if _identity(row) not in new)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    partial.replace(path)
+    clear()
+    return path
+
+
+def _identity(row: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in row.items() if name not in NOTES}, sort_keys=True)
 
 
 def user_file() -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Event(NamedTuple):
@@ -16,11 +16,15 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """What happens in the order it happens; ``module`` is the name of the one that is running."""
+    """What happens in the order it happens; ``module`` is the name of the one that is running.
 
-    def __init__(self) -> None:
+    With ``calls`` a list, what each op was called with is kept in it too: (op, arguments, keywords).
+    """
+
+    def __init__(self, calls: list[tuple[str, tuple, dict[str, Any]]] | None = None) -> None:
         self.module = ""
         self.events: list[Event] = []
+        self.calls = calls
 
     def add(self, op: str | None, backend: str, accelerated: bool, reason: str) -> None:
         self.events.append(Event(self.module, op, backend, accelerated, reason))
@@ -31,9 +35,9 @@ active: list[Recorder] = []
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
+def recording(calls: list | None = None) -> Iterator[Recorder]:
     """Record what runs inside the ``with`` block, in this process."""
-    recorder = Recorder()
+    recorder = Recorder(calls)
     active.append(recorder)
     try:
         yield recorder

@@ -29,23 +29,19 @@ def fresh(models):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"representation_size": 48}, {"norm_layer": partial(nn.LayerNorm, eps=1e-3), "num_heads": 4}],
+    ("options", "backend"),
+    [
+        ({}, "cpp"),
+        ({"representation_size": 48}, "auto"),
+        ({"norm_layer": partial(nn.LayerNorm, eps=1e-3), "num_heads": 4}, "auto"),
+    ],
 )
-@pytest.mark.parametrize("backend", ["auto", "cpp"])
 def test_outputs_and_gradients_are_within_the_contract(options, backend):
     model, call = torchvision_model(**options)
     original, ours = pair(model)
     assert events(ours, **call) == FUSED
     with fastvit.use_backend(backend):
         assert_parity(original, ours, **call)
-
-
-def test_those_of_the_kernels_are_too(models):
-    original, ours = models
-    with fastvit.use_backend("triton"), fastvit.recording.recording() as recorder:
-        assert_parity(original, ours, X)
-    assert [event.backend for event in recorder.events].count("triton") == 3
 
 
 # torch has a fast path of its own for attention without gradients: it is not ours to be measured by, but to

@@ -1,0 +1,38 @@
+"""A model's forward on tensors without data, on a device that need not be here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+
+def run_without_data(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], device: str | None, gradients: bool
+) -> None:
+    """Run everything that the model runs in Python: shapes, dtypes and choices of backends are as always.
+
+    Args:
+        model: left as it is; weights and inputs may be on the meta device.
+        args, kwargs: of its forward.
+        device: where weights and inputs are taken to be; None for where they are.
+        gradients: record them.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **kwargs}
+    given |= {f"argument {i}": value for i, value in enumerate(args)}
+    fakes = {name: _fake(value, mode, device, gradients) for name, value in given.items()}
+    inputs = tuple(fakes.pop(f"argument {i}") for i in range(len(args)))
+    named = {name: fakes.pop(name) for name in kwargs}
+    with mode, torch.set_grad_enabled(gradients):
+        functional_call(model, fakes, inputs, named)
+
+
+def _fake(value: Any, mode: FakeTensorMode, device: str | None, gradients: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        place = device or value.device
+        fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
+        return fake.requires_grad_(gradients and value.requires_grad)

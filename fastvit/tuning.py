@@ -1,0 +1,134 @@
+"""`tune`: measure every kernel at a model's own shapes, here, and keep what `auto` goes by."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import measurements
+from .accelerate import accelerate
+from .accelerate.candidates import blocks_of
+from .accelerate.example import Inputs, as_call, example_input
+
+NOTHING = "there is nothing to tune on a CPU: `auto` goes by the table that fastvit ships"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel at one call's sizes: whether it is right, torch's time by its own, and what changed."""
+
+    op: str
+    dtype: str
+    direction: str
+    sizes: str
+    ok: bool
+    ratio: float
+    before: str
+
+    @property
+    def now(self) -> str:
+        """What `auto` does with it from now on."""
+        if not self.ok:
+            return "torch: it misses the parity contract"
+        return "the kernel" if self.ratio >= 1 else "torch"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` found, and the file that it is kept in; with neither, ``message`` says why."""
+
+    rows: tuple[Tuned, ...]
+    file: Path | None = None
+    message: str = ""
+
+    def to_json(self) -> str:
+        """The rows."""
+        rows = [{**row.__dict__, "now": row.now} for row in self.rows]
+        return json.dumps({"rows": rows, "file": str(self.file or ""), "message": self.message})
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return self.message
+        lines = [_HEADINGS, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+    def __rich__(self):
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
+        if not self.rows:
+            return Text(self.message)
+        table = Table(*_HEADINGS, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        table.caption = f"kept in {self.file}"
+        for row in self.rows:
+            table.add_row(*map(Text, _cells(row)), style=None if row.ok else "red")
+        return table
+
+
+_HEADINGS = ("op", "dtype", "direction", "sizes", "speed", "before", "auto takes now")
+
+
+def _cells(row: Tuned) -> tuple[str, ...]:
+    speed = f"{row.ratio:.2f}x" if row.ok else "WRONG"
+    return row.op, row.dtype, row.direction, row.sizes, speed, row.before, row.now
+
+
+def tune(
+    model: nn.Module,
+    x: Inputs | None = None,
+    *,
+    cpu: bool = False,
+    on_start: Callable[[int], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Measure parity and speed of every kernel against torch's op at the shapes of this model's call.
+
+    Gradients are measured too if the model is in training mode. The user's own table is written, which `auto`
+    asks before the one that fastvit ships.
+
+    Args:
+        model: a model that `accelerate` knows; it is accelerated if it was not.
+        x: images [B, C, H, W] of the batch size that is to be fast, or a mapping of keyword arguments; by
+            default one image of the model's own size.
+        cpu: measure the C++ library too, if the model is on a CPU.
+        on_start: called with the number of measurements.
+        on_step: called with the name of each before it starts.
+
+    Raises:
+        ValueError: for a model without a block that fastvit knows, or of unknown image size without ``x``.
+    """
+    from fastvit_benchmarks import tune as measuring
+
+    if not blocks_of(model):
+        raise ValueError(f"{type(model).__name__} has no block of a vision transformer: nothing to tune")
+    device = next(model.parameters()).device
+    if device.type != "cuda" and not cpu:
+        return Tuning((), message=NOTHING)
+    args, kwargs = as_call(example_input(model) if x is None else x)
+    found = measuring.candidates(accelerate(model), args, kwargs, model.training)
+    if on_start is not None:
+        on_start(len(found))
+    before = [_verdict(candidate) for candidate in found]
+    rows = measuring.measure(found, device, on_step or (lambda name: None))
+    if not rows:
+        return Tuning((), message="no kernel can run any op of this model here")
+    pairs = zip(rows, before, strict=True)
+    return Tuning(tuple(_tuned(row, old) for row, old in pairs), measurements.keep(rows))
+
+
+def _verdict(candidate) -> str:
+    asked = candidate.question
+    direction = (candidate.case.direction,)
+    question = (asked.op, asked.gpu, asked.dtype, direction, asked.options, asked.sizes)
+    return measurements.refusal(*question) or "the kernel"
+
+
+def _tuned(row: dict[str, Any], before: str) -> Tuned:
+    sizes = ", ".join(f"{name} {bound[0]}" for name, bound in row.items() if isinstance(bound, list))
+    facts = (row["op"], row["dtype"], row["direction"], sizes)
+    return Tuned(*facts, row["ok"], row["ratio"], before)
