@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .. import recording
-from ..layers.halves import AttentionHalf, MlpHalf
+from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from ..layers.plain import Unfused
 from ..layers.settings import Settings
 
@@ -33,4 +33,4 @@ class FusedBlock:
             recording.ran_its_own_forward(reason)
             return super().forward(x, *args, **kwargs)
         with settings.context():
-            return mlp(attention(x, **options))
+            return run_mlp(run_attention(x, attention, settings, **options), mlp, settings)

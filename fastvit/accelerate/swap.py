@@ -18,7 +18,13 @@ MODES = ("train", "inference")
 
 
 def accelerate(
-    model: nn.Module, mode: str = "train", ops: Collection[str] | None = None, strict: bool = False
+    model: nn.Module,
+    mode: str = "train",
+    ops: Collection[str] | None = None,
+    strict: bool = False,
+    *,
+    checkpoint: str | None = None,
+    subset_drop_path: bool = False,
 ) -> nn.Module:
     """Run a model's vision transformer blocks and patch embedding on fastvit's ops.
 
@@ -32,19 +38,24 @@ def accelerate(
             follow the weights' changes.
         ops: the ops to use, of fastvit.ops; the others run as torch's own. None for all.
         strict: raise where a block is left alone.
+        checkpoint: "mlp": in training, what the MLPs would save for backward is computed again there.
+        subset_drop_path: stochastic depth computes only the samples that it keeps, a fixed number of each
+            batch (arXiv 2304.07193), in the place of one draw a sample.
 
     Returns:
         The same object. What is not understood is left as it is: ``explain`` says why.
 
     Raises:
         TypeError: for something that is no nn.Module, or is scripted.
-        ValueError: for an unknown mode or op, a module sharded by FSDP already, or with ``strict`` a block
-            that is left alone.
+        ValueError: for an unknown mode, op or checkpoint, a module sharded by FSDP already, or with
+            ``strict`` a block that is left alone.
     """
     _check(model, mode, ops)
+    if checkpoint not in (None, "mlp"):
+        raise ValueError(f"checkpoint is {checkpoint!r}; it must be 'mlp' or None")
     load_families()
     others = () if ops is None else tuple(op for op in TABLE if op not in ops)
-    settings = Settings(mode == "inference", others)
+    settings = Settings(mode == "inference", others, checkpoint=checkpoint, subset=subset_drop_path)
     found = [*_accelerated(model, settings)]
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
     if strict and left:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import recording
 from .attention import ATTENTIONS, Attention, attend
-from .halves import AttentionHalf, Branch, MlpHalf
+from .halves import AttentionHalf, Branch, MlpHalf, run_attention, run_mlp
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
 from .plain import LINEARS, Unfused, idle_child, plain_child, weight_and_bias
@@ -97,7 +97,7 @@ class Block(nn.Module):
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
             return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
         with settings.context():
-            return half(x, attn_mask=attn_mask, is_causal=is_causal)
+            return run_attention(x, half, settings, attn_mask=attn_mask, is_causal=is_causal)
 
     def _mlp_half(self, x: Tensor) -> Tensor:
         settings = Settings.of(self)
@@ -107,7 +107,7 @@ class Block(nn.Module):
             recording.ran_its_own_forward(reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         with settings.context():
-            return half(x)
+            return run_mlp(x, half, settings)
 
 
 def attention_half(block: nn.Module, fold: bool = True) -> AttentionHalf:

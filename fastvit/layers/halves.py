@@ -5,28 +5,37 @@ run its own forward; nothing has been computed then.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .norm import NormArguments
-from .regularization import sample_scale
+from .regularization import drops, sample_scale
+from .settings import Settings
 
 
 class Branch(NamedTuple):
     """How a half ends: what its branch is multiplied with before it is added to the tokens.
 
     ``fold`` allows LayerScale to be multiplied into a copy of the weight where no gradient is recorded.
+    ``factor`` is one for all samples, in the place of stochastic depth's own.
     """
 
     layer_scale: Tensor | None = None
     drop_path: nn.Module | None = None
     fold: bool = True
+    factor: float | None = None
 
     def arguments(self, x: Tensor) -> dict:
         """The ops' arguments; stochastic depth is drawn here."""
-        scale = sample_scale(self.drop_path, x)
+        if self.factor is not None:
+            scale = x.new_full((x.shape[0],), self.factor)
+        else:
+            scale = sample_scale(self.drop_path, x)
         return {"layer_scale": self.layer_scale, "sample_scale": scale, "fold": self.fold}
 
 
@@ -60,3 +69,38 @@ class MlpHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D]."""
         return ops.layer_norm_mlp(x, **self.arguments, **self.branch.arguments(x), validate=False)
+
+
+def run_attention(x: Tensor, half: AttentionHalf, settings: Settings, **options) -> Tensor:
+    """The attention half, on the samples that stochastic depth keeps if the settings have it so."""
+    if settings.subset and drops(half.branch.drop_path):
+        return _on_subset(x, half, options)
+    return half(x, **options)
+
+
+def run_mlp(x: Tensor, half: Callable[[Tensor], Tensor], settings: Settings) -> Tensor:
+    """The MLP half, likewise; with ``checkpoint="mlp"`` what it saves is computed again in backward."""
+    if settings.subset and drops(half.branch.drop_path):
+        half = partial(_on_subset, half=half, options={})
+    if settings.checkpoint == "mlp" and torch.is_grad_enabled():
+        return checkpoint(half, x, use_reentrant=False)
+    return half(x)
+
+
+def _on_subset(x: Tensor, half: AttentionHalf | MlpHalf, options: dict) -> Tensor:
+    """Stochastic depth that does not compute what it drops, as DINOv2 has it (arXiv 2304.07193).
+
+    A fixed number of samples goes through the half, scaled up by the share that does not; the others pass by.
+    """
+    batch = x.shape[0]
+    kept = max(1, int(batch * (1.0 - half.branch.drop_path.drop_prob)))
+    chosen = torch.randperm(batch, device=x.device)[:kept]
+    options = {name: _chosen(value, chosen, batch) for name, value in options.items()}
+    branch = half.branch._replace(drop_path=None, factor=batch / kept)
+    return x.index_copy(0, chosen, half._replace(branch=branch)(x[chosen], **options))
+
+
+def _chosen(value: Any, samples: Tensor, batch: int) -> Any:
+    """Of masks and rotary tables that are a sample's own, [B, ...], those of these samples."""
+    own = isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] == batch
+    return value[samples] if own else value

@@ -64,9 +64,14 @@ def layer_scale(parent: nn.Module, name: str) -> Tensor | None:
 
 def sample_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
     """[B]: 0 for a dropped sample, 1 / keep probability for a kept one; None where nothing is dropped."""
+    return DROP_PATHS[type(drop_path)](drop_path, x) if drops(drop_path) else None
+
+
+def drops(drop_path: nn.Module | None) -> bool:
+    """Whether stochastic depth is at work."""
     if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
-        return None
-    return DROP_PATHS[type(drop_path)](drop_path, x) if drop_path.drop_prob else None
+        return False
+    return bool(drop_path.drop_prob)
 
 
 def bernoulli_scale(drop_path: nn.Module, x: Tensor) -> Tensor:

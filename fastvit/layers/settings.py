@@ -16,6 +16,8 @@ ATTRIBUTE = "_fastvit"
 class Settings(NamedTuple):
     """``fold`` allows LayerScale in copies of weights; ``reference_ops`` run as torch's own.
 
+    With ``checkpoint`` "mlp" what MLPs save is computed again in backward; with ``subset`` what stochastic
+    depth drops is not computed.
     With ``mean`` and ``std`` images come as uint8, or as floats in 0..1, and are normalised inside.
     """
 
@@ -23,6 +25,8 @@ class Settings(NamedTuple):
     reference_ops: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    checkpoint: str | None = None
+    subset: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "Settings":
