@@ -28,7 +28,7 @@ class BuildOrSayWhy(build_ext):
     def run(self):
         self.folder = Path(self.get_ext_fullpath("fastvit._C")).parent
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.archs = ()
+        self.archs, self.cutlass = (), None
         # The libraries first: the module says for which architectures they are.
         self.part("_fastvit_cpu", ".so", self.build_cpu)
         if cuda_choice() == "0":
@@ -64,8 +64,9 @@ class BuildOrSayWhy(build_ext):
     def build_cuda(self):
         tools = libraries.Tools(choose_compiler(), libraries.torch_folder(), libraries.find_nvcc())
         archs = libraries.chosen_archs()
-        self.install(libraries.build_cuda(tools, self.work("cuda"), archs))
-        self.archs = archs
+        cutlass = libraries.find_cutlass(archs)
+        self.install(libraries.build_cuda(tools, self.work("cuda"), archs, cutlass))
+        self.archs, self.cutlass = archs, cutlass
 
     def work(self, device):
         return (Path(self.build_temp) / device).resolve()
@@ -80,6 +81,8 @@ class BuildOrSayWhy(build_ext):
         choose_compiler()
         (module,) = self.extensions
         module.define_macros.append(("FASTVIT_CUDA_ARCHS", quoted(" ".join(self.archs))))
+        version = self.cutlass.version if self.cutlass else "none"
+        module.define_macros.append(("FASTVIT_CUTLASS", quoted(version)))
         self.force = True  # its sources may be older than what it tells of the libraries
         super().run()
 

@@ -49,9 +49,21 @@ FASTVIT_HOST_DEVICE float exponential(float x) {
 
 FASTVIT_HOST_DEVICE double exponential(double x) { return exp(x); }
 
+// 1 / x for x of at least one; on a GPU within two ulp, and in an epilogue a third of its instructions less than
+// by exact division, which ends in a call for rare operands.
+FASTVIT_HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+FASTVIT_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
+
 template <typename T>
 FASTVIT_HOST_DEVICE T sigmoid(T x) {
-  return T(1) / (T(1) + exponential(-x));
+  return reciprocal(T(1) + exponential(-x));
 }
 
 // x Phi(x), with the distribution's tail from erfc(z) = e^(-z^2) t P(t), t = 1 / (1 + 0.35 z): nothing
@@ -106,7 +118,7 @@ struct GeluHalf {
                     s * (-2.50952452e-4f + s * (-6.09343903e-5f + s * 2.22526314e-6f)));
     u_slope = 1.59565515f + s * (3.0f * 0.0729398617f +
               s * (5.0f * -2.50952452e-4f + s * (7.0f * -6.09343903e-5f + s * (9.0f * 2.22526314e-6f))));
-    const float phi = 1.0f / (1.0f + exponential_within(-cut * q));
+    const float phi = reciprocal(1.0f + exponential_within(-cut * q));
     return x < -6.0f ? 0.0f : phi;  // times x, which may be huge
   }
 

@@ -26,6 +26,7 @@ py::dict build_info() {
   info["cxx_standard"] = __cplusplus;
   info["torch"] = FASTVIT_TORCH;
   info["cuda"] = FASTVIT_CUDA;
+  info["cutlass"] = FASTVIT_CUTLASS;
   info["cuda_archs"] = py::str(FASTVIT_CUDA_ARCHS).attr("split")();
   return info;
 }

@@ -15,21 +15,6 @@ void check(cublasStatus_t status, const char* what) {
   STD_TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, current_op, ": ", what, ": ", cublasLtGetStatusName(status));
 }
 
-// While a graph is captured, a call that may allocate is an error, even where it has nothing to do with the
-// graph: creating a handle, or loading a kernel for the first time. In here it is not.
-class RelaxedCapture {
- public:
-  RelaxedCapture() {
-    fastvit::check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
-  }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 // All that an algorithm is chosen by.
 using Key = std::array<std::int64_t, 16>;
 

@@ -1,6 +1,7 @@
 """`python csrc/cuda_report.py`: every CUDA kernel compiled for every architecture, with no GPU.
 
-It fails where one does not compile, warns (C7510 too), spills, or has local memory or float64.
+It fails where one does not compile, warns (C7510 too), spills, or has local memory or float64, and where one
+of Hopper's own does not multiply by warp groups.
 """
 
 import argparse
@@ -17,7 +18,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
-from libraries import ARCHS, NVCC_STRICT, TARGET, find_nvcc
+from libraries import (
+    ARCHS,
+    HOPPER,
+    HOPPER_SOURCES,
+    NO_CUTLASS,
+    NVCC_STRICT,
+    TARGET,
+    Cutlass,
+    find_cutlass,
+    find_nvcc,
+    toolkit,
+)
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -30,6 +42,12 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 COMPLAINT = re.compile(r"(?:^|: |ptxas |nvcc )(?:warning|error|fatal)\b|C7510")
 COUNTED = re.compile(r"spilled to local memory|Local memory used")
+WARP_GROUP_PRODUCT = "HGMMA"
+# What tells one of CUTLASS's kernels from another in a name of some 2000 letters, which nothing demangles.
+CUTLASS_KERNEL = re.compile(
+    r"KernelTmaWarpSpecialized(?P<schedule>Pingpong|Cooperative)EEENS\w_IJNS\w_ILi(?P<rows>\d+)E"
+    r".*?MMA_64x(?P<columns>\d+)x16_F32(?P<dtype>BF16|F16).*(?P<scheduler>StreamK|Persistent)Scheduler"
+)
 DOUBLE = re.compile(r"^(?!\s*//).*\.f64\b.*$", re.MULTILINE)
 
 
@@ -53,12 +71,15 @@ class Report:
     faults: list[str]
 
 
-def nvcc_command(source: Path, arch: str, output: Path, torch_include: Path) -> list[str]:
+def nvcc_command(
+    source: Path, arch: str, output: Path, torch_include: Path, cutlass: Cutlass | None = None
+) -> list[str]:
     """The command that compiles a source for one architecture, with warnings as errors."""
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-fPIC"]
     defines = ["-DFASTVIT_BUILD_CUDA", TARGET]
     strict = [*NVCC_STRICT, "-Xptxas", "-v"]
     places = ["-isystem", torch_include, "-o", output, source]
+    defines += cutlass.flags if cutlass else ()
     return [find_nvcc() or "nvcc", "-cubin", f"-arch=sm_{arch}", *flags, *defines, *strict, *map(str, places)]
 
 
@@ -81,17 +102,38 @@ def parse_ptxas(text: str) -> tuple[list[Kernel], list[str]]:
     return kernels, faults
 
 
-def compile_one(source: Path, arch: str, torch_include: Path) -> Report:
+def without_warp_groups(cubin: Path, kernels: Sequence[Kernel]) -> list[str]:
+    """A line for each kernel in whose instructions no warp group multiplies."""
+    tool = find_cuobjdump()
+    if tool is None:
+        return ["no cuobjdump on the PATH, in CUDA_HOME/bin or in triton to read the instructions with"]
+    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    _, *functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)
+    multiplying = {text.split(maxsplit=1)[0] for text in functions if WARP_GROUP_PRODUCT in text}
+    return [f"{kernel.name}: no {WARP_GROUP_PRODUCT}" for kernel in kernels if kernel.name not in multiplying]
+
+
+def find_cuobjdump() -> str | None:
+    triton = find_spec("triton")
+    found = map(Path, (triton and triton.submodule_search_locations) or ())
+    places = (None, toolkit() / "bin", *(folder / "backends" / "nvidia" / "bin" for folder in found))
+    return next(filter(None, (shutil.which("cuobjdump", path=path) for path in places)), None)
+
+
+def compile_one(source: Path, arch: str, torch_include: Path, cutlass: Cutlass | None = None) -> Report:
     """Compile a source and read what it showed."""
     start = perf_counter()
     with tempfile.TemporaryDirectory(prefix="fastvit-cuda-") as folder:
-        command = nvcc_command(source, arch, Path(folder, "a.cubin"), torch_include)
+        cubin = Path(folder, "a.cubin")
+        command = nvcc_command(source, arch, cubin, torch_include, cutlass)
         command += ["-keep", "-keep-dir", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         kernels, faults = parse_ptxas(done.stdout + done.stderr)
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
         if found := DOUBLE.findall(ptx):
             faults.append(f"float64 in {len(found)} lines of PTX, as in: {found[-1].strip()}")
+        if cutlass and cubin.is_file():
+            faults += without_warp_groups(cubin, kernels)
     if not faults and (done.returncode or not kernels):
         faults.append(f"no kernel, and nvcc exited with {done.returncode}")
     return Report(source.name, arch, perf_counter() - start, kernels, faults)
@@ -102,7 +144,14 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
     known, tool = sorted(set(names)), shutil.which("cu++filt") or shutil.which("c++filt") or "cat"
     done = subprocess.run([tool], input="\n".join(known), capture_output=True, text=True, check=True)
     plain = re.sub(r"fastvit::|\(anonymous namespace\)::|\bvoid ", "", done.stdout).splitlines()
-    return {name: text.partition("(")[0] for name, text in zip(known, plain, strict=True)}
+    return {name: _tile(name) or text.partition("(")[0] for name, text in zip(known, plain, strict=True)}
+
+
+def _tile(name: str) -> str | None:
+    if (found := CUTLASS_KERNEL.search(name)) is None:
+        return None
+    schedule = found["schedule"] if found["scheduler"] == "Persistent" else found["scheduler"]
+    return f"{found['rows']} x {found['columns']} {schedule.lower()} {found['dtype']}"
 
 
 def show(reports: Sequence[Report], each: bool) -> None:
@@ -137,9 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cuda_report: needs torch's headers, and nvcc on the PATH or in CUDA_HOME/bin", file=sys.stderr)
         return 2
     include = Path(torch.submodule_search_locations[0], "include")
-    pairs = [(source, arch) for source in sources for arch in asked.arch or ARCHS]
+    archs = tuple(asked.arch or ARCHS)
+    hopper, cutlass = set(Path(__file__).parent.glob(HOPPER_SOURCES)), find_cutlass(archs)
+    calls = [(source, arch, include) for source in sources if source not in hopper for arch in archs]
+    if cutlass:
+        first, *rest = [(source, HOPPER, include, cutlass) for source in sorted(hopper)]
+        calls = [first, *calls, *rest]  # not side by side: some 6 GB each
+    elif HOPPER in archs:
+        print(f"cuda_report: left out {HOPPER_SOURCES}: {NO_CUTLASS}", file=sys.stderr)
     with ThreadPoolExecutor(JOBS) as pool:
-        jobs = [pool.submit(compile_one, *pair, include) for pair in pairs]
+        jobs = [pool.submit(compile_one, *call) for call in calls]
         list(track(as_completed(jobs), "compiling", len(jobs), console=Console(stderr=True), transient=True))
     reports = [job.result() for job in jobs]
     show(reports, asked.each)

@@ -23,6 +23,19 @@ inline void check(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, current_op, ": ", what, ": ", cudaGetErrorString(status));
 }
 
+// While a graph is captured, a call that may allocate is an error, even where it has nothing to do with the
+// graph: creating a handle, or loading a kernel for the first time. In here it is not.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 inline int device_attribute(const Tensor& beside, cudaDeviceAttr attribute) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, beside.get_device_index()), "cudaDeviceGetAttribute");

@@ -39,7 +39,7 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, bool save, bool tf32) {
+                             std::string activation, std::string norm, bool save, bool fused, bool tf32) {
   const Scope scope("layer_norm_mlp", x, fc1_weight);
   const Activation act = activation_named(activation);
   const bool rms = norm == "rms_norm", gated = activation == "swiglu";
@@ -58,7 +58,7 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
     a = activate(in.value, in.gate, act);
     if (save) saved = present({h.mean, h.rstd, fc1, own_gate});
   } else {
-    Activated one = linear_activated(h.rows, fc1_weight, fc1_bias, act, save, tf32);
+    Activated one = linear_activated(h.rows, fc1_weight, fc1_bias, act, save, fused, tf32);
     a = one.rows;
     if (save) saved = present({h.mean, h.rstd, one.before});
   }
@@ -78,7 +78,7 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
                            OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                            OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                           std::string activation, std::string norm, std::int64_t needs, bool tf32) {
+                           std::string activation, std::string norm, std::int64_t needs, bool fused, bool tf32) {
   const Scope scope("layer_norm_mlp's gradient", x, fc1_weight);
   Needs next(needs);
   const bool needs_x = next.next(), needs_norm_weight = next.next(), needs_norm_bias = next.next();
@@ -106,10 +106,18 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
   // From the output to the activation, which is needed again for fc2's gradient.
   const BranchGradient end =
       branch_gradient(grad, product, layer_scale, sample_scale, dtype, needs_scale);
-  OptionalTensor da;
-  if (needs_fc1 || needs_inner) da = linear_input_gradient(end.product, fc2_weight, tf32);
+  OptionalTensor da, fc2_input, dfc1, dgate, dfc1_bias;
   NormGradients inner;
-  OptionalTensor fc2_input;
+  const bool through_activation_alone = needs_fc1 && !gated && !inner_norm_weight;
+  if (through_activation_alone) {
+    const ActivatedGradients one =
+        linear_activated_backward(end.product, fc2_weight, in.value, act, needs_fc1_bias, fused, tf32);
+    dfc1 = one.before;
+    fc2_input = one.activated;
+    dfc1_bias = one.bias;
+  } else if (needs_fc1 || needs_inner) {
+    da = linear_input_gradient(end.product, fc2_weight, tf32);
+  }
   if (inner_norm_weight) {
     const Tensor a = activate(in.value, in.gate, act);
     const Tensor mean = saved[saved.size() - 2], rstd = saved[saved.size() - 1];
@@ -120,8 +128,7 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
       da = inner.x;
     }
   }
-  OptionalTensor dfc1, dgate;
-  if (needs_fc1) {
+  if (needs_fc1 && !dfc1) {
     const ActivationGradients both = activate_backward(*da, in.value, in.gate, act, in.packed);
     dfc1 = both.value;
     dgate = both.gate;
@@ -137,12 +144,14 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
   // From the activation to the normalised rows, which are computed again for the gradients of fc1 and its gate.
   LinearGradients fc1, gate;
   NormGradients before;
-  const bool fc1_too = needs_fc1_weight || needs_fc1_bias, gate_too = needs_gate_weight || needs_gate_bias;
+  const bool bias_too = needs_fc1_bias && !dfc1_bias;
+  const bool fc1_too = needs_fc1_weight || bias_too, gate_too = needs_gate_weight || needs_gate_bias;
   if (fc1_too || gate_too) {
     const Tensor h = renorm_rows(rows, saved[0], saved[1], outer, dtype);
-    if (fc1_too) fc1 = linear_weight_gradients(*dfc1, h, needs_fc1_weight, needs_fc1_bias, tf32);
+    if (fc1_too) fc1 = linear_weight_gradients(*dfc1, h, needs_fc1_weight, bias_too, tf32);
     if (gate_too) gate = linear_weight_gradients(*dgate, h, needs_gate_weight, needs_gate_bias, tf32);
   }
+  if (dfc1_bias) fc1.bias = dfc1_bias;
   if (needs_norm) {
     Tensor dh = linear_input_gradient(*dfc1, fc1_weight, tf32);
     if (gate_weight) dh = add_scaled(dh, linear_input_gradient(*dgate, *gate_weight, tf32), {}, {});

@@ -27,6 +27,12 @@ FLAGS += ("-Wall", "-Wextra", TARGET)
 LOOP_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 NVCC_STRICT = ("-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage")
 ARCHS = ("80", "89", "90a", "100", "120")
+# Sources for one architecture alone, made of CUTLASS. Its assertions are calls, before which ptxas would wait
+# for every product under way (C7510).
+HOPPER = "90a"
+HOPPER_SOURCES = "*_sm90.cu"
+CUTLASS_FLAGS = ("-DNDEBUG", "-DFASTVIT_CUTLASS")
+NO_CUTLASS = "CUTLASS's headers are absent (pip install --no-deps nvidia-cutlass)"
 
 
 class Unbuildable(Exception):
@@ -61,6 +67,34 @@ def find_nvcc() -> str | None:
 
 def toolkit() -> Path:
     return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+
+
+@dataclass(frozen=True)
+class Cutlass:
+    """CUTLASS's version and headers, as the package nvidia-cutlass ships them."""
+
+    version: str
+    include: Path
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return ("-isystem", str(self.include), *CUTLASS_FLAGS)
+
+
+def find_cutlass(archs: tuple[str, ...]) -> Cutlass | None:
+    """The headers where one of the architectures is Hopper's, or None: then what needs them is left out."""
+    spec = importlib.util.find_spec("cutlass_library")
+    if HOPPER not in archs or spec is None:
+        return None
+    for folder in map(Path, spec.submodule_search_locations or ()):
+        include = folder / "source" / "include"
+        header = include / "cutlass" / "version.h"
+        if header.is_file():
+            numbers = re.findall(
+                r"^#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", header.read_text(), re.MULTILINE
+            )
+            return Cutlass(".".join(numbers), include)
+    return None
 
 
 def chosen_archs() -> tuple[str, ...]:
@@ -100,8 +134,11 @@ def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
     return build.link("_fastvit_cpu.so", (*extra, "-ltorch_cpu", "-lc10"))
 
 
-def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...]) -> Path:
-    """The CUDA library for these architectures; the lowest is there as PTX too, for later GPUs."""
+def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...], cutlass: Cutlass | None) -> Path:
+    """The CUDA library for these architectures; the lowest is there as PTX too, for later GPUs.
+
+    Without CUTLASS it has no product with the activation in its epilogue.
+    """
     if tools.nvcc is None:
         raise Unbuildable("nvcc was found neither on PATH nor in CUDA_HOME/bin")
     if not (tools.torch / "lib" / "libtorch_cuda.so").is_file():
@@ -119,8 +156,14 @@ def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...]) -> Path:
     # nvcc knows where the toolkit's headers are; cuBLASLt's come with torch.
     for path in sorted(CSRC.glob("*cublaslt*.cpp")):
         build.compile(path.name, rule="nvcc", flags=("-isystem", str(header.parent)))
-    for path in sorted(CSRC.glob("*.cu")):
+    build.compile("fused_products.cpp", rule="nvcc", flags=cutlass.flags if cutlass else ())
+    hopper = set(CSRC.glob(HOPPER_SOURCES))
+    for path in sorted(set(CSRC.glob("*.cu")) - hopper):
         build.compile(path.name, rule="nvcc", flags=nvcc_flags(archs))
+    if cutlass:
+        flags = (*nvcc_flags((HOPPER,)), *cutlass.flags)
+        for path in sorted(hopper):
+            build.compile(path.name, rule="nvcc", flags=flags, pool="large")
     # nvcc takes no library by its full name, and beside torch there is none without a version in it.
     blas = (f"-L{cublas.parent}", f"-Xlinker=-l:{cublas.name}")
     return build.link("_fastvit_cuda.so", ("-ltorch_cpu", "-ltorch_cuda", "-lc10", *blas), rule="nvlink")
@@ -145,7 +188,7 @@ class _Ninja:
         host_only = [flag for flag in flags if flag.startswith(("-f", "-W", "-g"))]
         through = [f"-Xcompiler={flag}" for flag in host_only if flag not in ("-g0", "-Wall", "-Wextra")]
         nvcc = [tools.nvcc or "", *(flag for flag in flags if flag not in host_only), *through, *NVCC_STRICT]
-        self.lines = []
+        self.lines = ["pool large", "  depth = 1"]  # some 6 GB each
         for rule, compiler in (("cxx", [tools.cxx, *flags]), ("nvcc", nvcc)):
             command = shlex.join([*compiler, *tools.include])
             self.lines += [f"rule {rule}", f"  command = {command} $flags -MMD -MF $out.d -c $in -o $out"]
@@ -156,9 +199,12 @@ class _Ninja:
         for rule, linker in links.items():
             self.lines += [f"rule {rule}", f"  command = {shlex.join(linker)} -o $out $in $flags"]
 
-    def compile(self, source: str, rule: str = "cxx", output: str = "", flags: tuple[str, ...] = ()) -> None:
+    def compile(
+        self, source: str, rule: str = "cxx", output: str = "", flags: tuple[str, ...] = (), pool: str = ""
+    ) -> None:
         output = output or f"{source}.o"
         self.lines += [f"build {output}: {rule} {CSRC / source}", f"  flags = {shlex.join(flags)}"]
+        self.lines += [f"  pool = {pool}"] if pool else []
         self.objects.append(output)
 
     def link(self, library: str, flags: tuple[str, ...], rule: str = "link") -> Path:

@@ -30,11 +30,11 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, bool save, bool tf32);
+                             std::string activation, std::string norm, bool save, bool fused, bool tf32);
 Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
                            OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                            OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                           std::string activation, std::string norm, std::int64_t needs, bool tf32);
+                           std::string activation, std::string norm, std::int64_t needs, bool fused, bool tf32);
 
 }  // namespace fastvit

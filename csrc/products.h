@@ -21,12 +21,23 @@ struct Activated {
   OptionalTensor before;  // x weight^T + bias, where it was asked for
 };
 
-// activation(x weight^T + bias). Here a product with the activation in its epilogue goes, where there is one.
+// activation(x weight^T + bias). With `fused` a GPU's product has the activation in its epilogue where there is a
+// kernel for it; a CPU's has it whenever that is faster.
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           Activation activation, bool keep_before, bool tf32);
+                           Activation activation, bool keep_before, bool fused, bool tf32);
 
 // grad weight, for grad [T, D]: the gradient of x.
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool tf32);
+
+struct ActivatedGradients {
+  Tensor before;        // of what entered the activation
+  Tensor activated;     // the activation once more
+  OptionalTensor bias;  // the sum of the rows of `before`, where it was asked for and came with the product
+};
+
+// grad weight through the activation, for grad [T, D] and before [T, M], which is what entered it.
+ActivatedGradients linear_activated_backward(const Tensor& grad, const Tensor& weight, const Tensor& before,
+                                             Activation activation, bool needs_bias, bool fused, bool tf32);
 
 struct LinearGradients {
   OptionalTensor weight, bias;

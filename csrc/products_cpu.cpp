@@ -96,7 +96,7 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 }
 
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           Activation activation, bool keep_before, bool) {
+                           Activation activation, bool keep_before, bool, bool) {
   const std::optional<Post> post = post_for(activation);
   if (post && !keep_before && is_onednn(x)) return {onednn(x, weight, bias, post->name, post->form), {}};
   const Tensor before = product(x, weight, bias);
@@ -105,6 +105,13 @@ Activated linear_activated(const Tensor& x, const Tensor& weight, const Optional
 
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool) {
   return product(grad, transposed(weight), {});
+}
+
+ActivatedGradients linear_activated_backward(const Tensor& grad, const Tensor& weight, const Tensor& before,
+                                             Activation activation, bool, bool, bool tf32) {
+  const Tensor activated_gradient = linear_input_gradient(grad, weight, tf32);
+  const ActivationGradients both = activate_backward(activated_gradient, before, {}, activation, false);
+  return {both.value, both.activated, {}};
 }
 
 LinearGradients linear_weight_gradients(const Tensor& grad, const Tensor& x, bool needs_weight, bool needs_bias,

@@ -9,8 +9,8 @@
 // The bias [D] runs along the rows of out^T (m), as BIAS has it. The sum of grad over T is over the k of dW^T and
 // runs along its columns (n), as BGRADB has it.
 #include "cublaslt.h"
+#include "fused_products.h"
 #include "launch_cuda.h"
-#include "products.h"
 
 namespace fastvit {
 namespace {
@@ -63,10 +63,12 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return add_scaled(around, linear(rows, matrix, bias, tf32), std::nullopt, std::nullopt);
 }
 
-// The portable form: the product, then the activation in a pass of its own. A product with the activation in its
-// epilogue is chosen here, by the device of x.
+// The portable form is the product, then the activation in a pass of its own.
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           Activation activation, bool keep_before, bool tf32) {
+                           Activation activation, bool keep_before, bool fused, bool tf32) {
+  if (fused) {
+    if (auto one = fused_activated(x, weight, bias, activation, keep_before)) return *one;
+  }
   const Tensor before = linear(x, weight, bias, tf32);
   if (keep_before) return {activate(before, std::nullopt, activation), before};
   activate_in_place(before, activation);
@@ -83,6 +85,16 @@ Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool tf32
   run_product({inputs, rows, outputs, false, false, dtype, dtype, tf32},
               {matrix.data_ptr(), incoming.data_ptr(), dx.data_ptr()}, grad);
   return dx;
+}
+
+ActivatedGradients linear_activated_backward(const Tensor& grad, const Tensor& weight, const Tensor& before,
+                                             Activation activation, bool needs_bias, bool fused, bool tf32) {
+  if (fused) {
+    if (auto one = fused_activated_backward(grad, weight, before, activation, needs_bias)) return *one;
+  }
+  const Tensor activated_gradient = linear_input_gradient(grad, weight, tf32);
+  const ActivationGradients both = activate_backward(activated_gradient, before, {}, activation, false);
+  return {both.value, both.activated, {}};
 }
 
 LinearGradients linear_weight_gradients(const Tensor& grad, const Tensor& x, bool needs_weight, bool needs_bias,

@@ -5,11 +5,10 @@
 // only), with these pairs of (input, output): equal ones, and float32 with either half.
 #pragma once
 
+#include "activation_names.h"
 #include "tensors.h"
 
 namespace fastvit {
-
-enum class Activation { kGelu, kGeluTanh, kQuickGelu, kSilu, kRelu };
 
 struct Normalized {
   Tensor rows;

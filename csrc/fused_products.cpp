@@ -1,0 +1,105 @@
+// Which products have the activation in their epilogue, and the memory for them. The kernels are fc1_*_sm90.cu.
+#include "fused_products.h"
+
+#if defined(FASTVIT_CUTLASS)
+
+#include "fc1_sm90.h"
+#include "launch_cuda.h"
+
+namespace fastvit {
+namespace {
+
+// Warp groups multiply on sm_90 alone.
+bool is_hopper(const Tensor& x) {
+  return device_attribute(x, cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(x, cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
+std::optional<Half> half_of(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return Half::kFloat16;
+  if (dtype == ScalarType::BFloat16) return Half::kBrainFloat16;
+  return std::nullopt;
+}
+
+template <typename Call>
+void run(const Call& call, std::size_t tile, const Tensor& beside) {
+  const Fc1Place place{static_cast<int>(multiprocessors(beside)), current_stream(beside)};
+  const RelaxedCapture relaxed;
+  const auto bytes = static_cast<std::int64_t>(fc1_workspace(call, tile, place));
+  const Tensor workspace = empty_beside(beside, {bytes}, ScalarType::Byte);
+  const char* wrong = run_fc1(call, tile, place, workspace.data_ptr());
+  STD_TORCH_CHECK(wrong == nullptr, current_op, ": the product with the activation: ", wrong);
+}
+
+const void* address(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
+
+}  // namespace
+
+std::optional<Activated> fused_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         Activation activation, bool keep_before) {
+  const ScalarType dtype = x.scalar_type();
+  const std::optional<Half> half = half_of(dtype);
+  if (!half || weight.scalar_type() != dtype || !is_hopper(x)) return std::nullopt;
+  const Tensor rows = packed(x), matrix = packed(weight);
+  const OptionalTensor vector = bias ? OptionalTensor(packed(as_dtype(*bias, dtype))) : bias;
+  const Extent out{rows.size(0), matrix.size(0), rows.size(1)};
+  if (!fits(out, {rows.data_ptr(), matrix.data_ptr()})) return std::nullopt;
+  const Tensor activated = empty_beside(x, {out.rows, out.columns}, dtype);
+  const OptionalTensor before =
+      keep_before ? OptionalTensor(empty_beside(x, {out.rows, out.columns}, dtype)) : std::nullopt;
+  const Fc1Forward call{out,   rows.data_ptr(), matrix.data_ptr(), address(vector), activated.data_ptr(),
+                        before ? before->data_ptr() : nullptr,     *half,           activation};
+  run(call, tile_for(out, static_cast<int>(multiprocessors(x))), x);
+  return Activated{activated, before};
+}
+
+std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, const Tensor& weight,
+                                                           const Tensor& before, Activation activation,
+                                                           bool needs_bias) {
+  const ScalarType dtype = grad.scalar_type();
+  const std::optional<Half> half = half_of(dtype);
+  if (!half || weight.scalar_type() != dtype || before.scalar_type() != dtype || !is_hopper(grad)) {
+    return std::nullopt;
+  }
+  const Tensor rows = packed(grad), matrix = packed(weight), entered = packed(before);
+  const Extent out{rows.size(0), matrix.size(1), rows.size(1)};
+  if (!fits(out, {rows.data_ptr(), matrix.data_ptr(), entered.data_ptr()})) return std::nullopt;
+  const std::size_t tile = tile_for(out, static_cast<int>(multiprocessors(grad)));
+  const Tensor dbefore = empty_like_as(entered, dtype), activated = empty_like_as(entered, dtype);
+  OptionalTensor partials;
+  if (needs_bias) {
+    partials = empty_beside(grad, {partial_rows(kTiles[tile], out), out.columns}, ScalarType::Float);
+  }
+  const Fc1Backward call{out,
+                         rows.data_ptr(),
+                         matrix.data_ptr(),
+                         entered.data_ptr(),
+                         dbefore.data_ptr(),
+                         activated.data_ptr(),
+                         partials ? output_of<float>(*partials) : nullptr,
+                         *half,
+                         activation};
+  run(call, tile, grad);
+  OptionalTensor bias;
+  if (partials) bias = as_dtype(sum_rows(*partials), dtype);
+  return ActivatedGradients{dbefore, activated, bias};
+}
+
+}  // namespace fastvit
+
+#else
+
+namespace fastvit {
+
+std::optional<Activated> fused_activated(const Tensor&, const Tensor&, const OptionalTensor&, Activation, bool) {
+  return std::nullopt;
+}
+
+std::optional<ActivatedGradients> fused_activated_backward(const Tensor&, const Tensor&, const Tensor&, Activation,
+                                                           bool) {
+  return std::nullopt;
+}
+
+}  // namespace fastvit
+
+#endif
