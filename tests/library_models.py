@@ -9,10 +9,10 @@ from torchvision.models import VisionTransformer
 
 def torchvision_model(**options) -> tuple[nn.Module, dict[str, Tensor]]:
     """ViT of torchvision, two blocks wide 64."""
-    sizes = {"image_size": 32, "patch_size": 8, "num_classes": 20}
+    sizes = {"image_size": 32, "patch_size": 8, "num_classes": 60}
     blocks = {"num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 96}
     torch.manual_seed(0)
-    return VisionTransformer(**(sizes | blocks | options)), {"x": images()}
+    return VisionTransformer(**(sizes | blocks | options)), {"x": images(24)}
 
 
 def open_clip_model(vision: dict | None = None, text: dict | None = None, **options):

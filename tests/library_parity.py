@@ -23,7 +23,7 @@ def images(batch: int = 8, size: int | tuple[int, int] = 32, channels: int = 3) 
 
 def pair(model: nn.Module, **options) -> tuple[nn.Module, nn.Module]:
     """The model with weights that matter, in evaluation mode, and an accelerated copy."""
-    original = randomize(model, 4).eval()
+    original = randomize(model).eval()
     return original, fastvit.accelerate(copy.deepcopy(original), strict=True, **options)
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-import torch
+import transformers
 from huggingface_models import MODELS, build
 from library_parity import BLOCK, assert_parity, events, pair
 
@@ -28,13 +28,20 @@ def test_every_layer_and_embedding_runs_on_the_ops(case):
 
 
 def test_outputs_and_gradients_are_within_the_contract(case):
-    _, original, ours, call = case
+    name, original, ours, call = case
+    _needs_an_oracle(name)
     assert_parity(original, ours, **call)
+
+
+def _needs_an_oracle(name):
+    if name == "clip" and int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers 4 makes no masks of texts in float64")
 
 
 # A class token, LayerScale, a gated MLP, two towers of which one is masked, RMSNorm.
 @pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3 gated", "clip", "aimv2"])
 def test_outputs_and_gradients_of_the_compiled_ops_are_too(name):
+    _needs_an_oracle(name)
     model, call = build(name)
     original, ours = pair(model)
     with fastvit.use_backend("cpp"), fastvit.recording.recording() as recorder:
@@ -44,12 +51,12 @@ def test_outputs_and_gradients_of_the_compiled_ops_are_too(name):
 
 
 # Rotary positions, tokens before the patches with and without positions, no such tokens, a mask: the kernels'
-# options, on few images, because they are interpreted where there is no GPU.
+# options, on one image, because they are interpreted where there is no GPU.
 @pytest.mark.parametrize("name", ["vit eager", "dinov2 with registers", "dinov3", "siglip"])
 def test_outputs_and_gradients_of_the_kernels_are_too(name):
     model, call = build(name)
     original, ours = pair(model)
-    call = {key: value[:2] for key, value in call.items()}
+    call = {key: value[:1] for key, value in call.items()}
     with fastvit.use_backend("triton"), fastvit.recording.recording() as recorder:
         assert_parity(original, ours, **call)
     assert {event.backend for event in recorder.events if event.op in ("attention", "patch_embed")} == {

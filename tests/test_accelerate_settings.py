@@ -1,0 +1,73 @@
+"""What accelerate is told: which ops, what may be folded; and the ways to it but for the call."""
+
+import pytest
+import timm
+import torch
+from accelerated import close, fallbacks, images, pair, run
+
+import fastvit
+from fastvit import derived
+
+X = images()
+BLOCK_OPS = {"layer_norm_linear", "attention", "linear_residual", "layer_norm_mlp"}
+
+
+def test_some_ops_only():
+    model, fast = pair()
+    fastvit.accelerate(fast, ops=["layer_norm_mlp"])
+    names = ("layer_norm_mlp", "linear_residual")
+    with fastvit.use_backend(**dict.fromkeys(names, "cpp")):
+        out, events = run(fast, X)
+    close(out, run(model, X)[0])
+    assert {(e.op, e.backend) for e in events if e.op in names} == {
+        ("layer_norm_mlp", "cpp"),
+        ("linear_residual", "reference"),
+    }
+
+
+@pytest.mark.parametrize(("mode", "folded"), [("train", False), ("inference", True)])
+def test_only_inference_folds_layer_scale(mode, folded):
+    model, fast = pair(mode=mode)
+    derived.refresh()
+    with fastvit.use_backend("cpp"):
+        out, _ = run(fast, X)
+    kept = [value[0].to_dense() for value in derived.everything()]
+    weight, scale = fast.blocks[0].mlp.fc2.weight, fast.blocks[0].ls2.gamma
+    plain = any(w.shape == weight.shape and torch.equal(w, weight) for w in kept)
+    scaled = any(w.shape == weight.shape and torch.equal(w, weight * scale[:, None]) for w in kept)
+    assert (plain, scaled) == (not folded, folded)
+    close(out, run(model, X)[0])
+
+
+def test_a_class_that_was_patched_before_is_left_alone(monkeypatch):
+    from fastvit.layers import plain
+
+    original = timm.layers.Mlp.forward
+    monkeypatch.setattr(timm.layers.Mlp, "forward", lambda self, x: 2 * original(self, x))
+    monkeypatch.setitem(plain._FORWARDS, timm.layers.Mlp, plain._FORWARDS.get(timm.layers.Mlp))
+    plain.known(timm.layers.Mlp)
+    model, fast = pair()
+    out, events = run(fast, X)
+    assert torch.equal(out, run(model, X)[0])
+    assert len(fallbacks(events)) == 2
+
+
+def test_own_models_are_told_too():
+    own = fastvit.VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2).eval()
+    out = run(own, X)[0]
+    fastvit.accelerate(own, ops=["attention"])
+    with fastvit.use_backend(layer_norm_mlp="cpp"):
+        again, events = run(own, X)
+    assert {e.backend for e in events if e.op == "layer_norm_mlp"} == {"reference"}
+    close(again, out)
+    fastvit.restore(own)
+    assert not any("_fastvit" in m.__dict__ for m in own.modules())
+
+
+def test_timms_block_fn():
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=1, block_fn=fastvit.TimmBlock).eval()
+    assert type(theirs.blocks[0]) is fastvit.TimmBlock
+    out, events = run(theirs, torch.randn(1, 3, 224, 224))
+    assert {e.op for e in events} == BLOCK_OPS
+    assert torch.equal(out, out)
+    assert type(fastvit.restore(theirs).blocks[0]) is timm.models.vision_transformer.Block
