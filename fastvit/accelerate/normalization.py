@@ -11,7 +11,8 @@ def fold_normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]
     """Let a model take images that are not normalised: uint8, or floats in 0..1.
 
     Args:
-        model: fastvit's own VisionTransformer, or a model that `accelerate` has changed.
+        model: fastvit's own VisionTransformer, or a timm model that `accelerate` has changed. (The forwards of
+            other libraries' models convert images before their embeddings see them.)
         mean, std: [C] in 0..1 units, as torchvision's Normalize takes them.
 
     Returns:
@@ -22,7 +23,10 @@ def fold_normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]
     """
     embeddings = [m for m in model.modules() if getattr(type(m), "normalizes", False)]
     if not embeddings:
-        raise ValueError(f"no patch embedding of {type(model).__name__} can normalise: accelerate it first")
+        raise ValueError(
+            f"no patch embedding of {type(model).__name__} can normalise: accelerate it first; "
+            "those of timm's models and of fastvit's own can"
+        )
     for module in embeddings:
         channels = next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
         if not len(mean) == len(std) == channels:
