@@ -1,8 +1,8 @@
 """A model's training step: `python -m fastvit_benchmarks.bench_train vit_small_patch16_224 --batch-size 8`.
 
 timm eager, torch.compile and fastvit, forward, backward and the whole step with AdamW apart, interleaved,
-with what the forward pass keeps. A provider whose gradients miss the parity contract is shown as wrong, without a
-time.
+with what the forward pass keeps. A provider whose gradients miss the parity contract is shown as wrong,
+without a time.
 """
 
 import copy

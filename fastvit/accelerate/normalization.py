@@ -11,8 +11,8 @@ def fold_normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]
     """Let a model take images that are not normalised: uint8, or floats in 0..1.
 
     Args:
-        model: fastvit's own VisionTransformer, or a timm model that `accelerate` has changed. (The forwards of
-            other libraries' models convert images before their embeddings see them.)
+        model: fastvit's own VisionTransformer, or a timm model that `accelerate` has changed. (Those of other
+            libraries convert images before their embeddings see them.)
         mean, std: [C] in 0..1 units, as torchvision's Normalize takes them.
 
     Returns:

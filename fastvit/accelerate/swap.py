@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..backends import TABLE
 from ..layers.block import Block
+from ..layers.plain import is_patched
 from ..layers.settings import ATTRIBUTE, Settings
 from ..vit import VisionTransformer
 from .candidates import why_left_alone
@@ -75,7 +76,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: every class is its library's own again. Weights were never changed."""
     for module in model.modules():
         if is_replaced(module):
-            module.__class__ = type(module).original
+            _exchange(module, type(module).original)
         module.__dict__.pop(ATTRIBUTE, None)
     return model
 
@@ -83,7 +84,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
     for module in model.modules():
         if not is_replaced(module) and type(module) in REPLACEMENTS:
-            module.__class__ = REPLACEMENTS[type(module)]
+            _exchange(module, REPLACEMENTS[type(module)])
         if is_replaced(module):
             for child in module.children():
                 child.__class__ = PARTS.get(type(child), type(child))
@@ -91,6 +92,12 @@ def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
             old = Settings.of(module)
             module.__dict__[ATTRIBUTE] = settings._replace(mean=old.mean, std=old.std)
             yield module
+
+
+def _exchange(module: nn.Module, layer: type[nn.Module]) -> None:
+    if "forward" in module.__dict__ and not is_patched(module):
+        del module.__dict__["forward"]  # its class's, which would stay the old one's
+    module.__class__ = layer
 
 
 def _check(model: nn.Module, mode: str, ops: Collection[str] | None) -> None:

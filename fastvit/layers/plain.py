@@ -72,7 +72,7 @@ def is_plain(module: nn.Module, classes: Collection[type[nn.Module]]) -> bool:
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
+            or ("forward" in own and is_patched(module))
             or _global_forward_hooks
             or _global_forward_pre_hooks
             or _global_backward_hooks
@@ -80,6 +80,14 @@ def is_plain(module: nn.Module, classes: Collection[type[nn.Module]]) -> bool:
             or (own["_parameters"] and overridden(tuple(own["_parameters"].values())))
         )
     )
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether it has a forward of its own: more than its class's, which transformers 4 leaves on modules."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
 
 
 def _any_wanted(hooks: Mapping[int, Callable]) -> bool:
@@ -144,7 +152,7 @@ def _why_not_plain(child: nn.Module | None) -> str:
     ):
         return "is under a hook on every module of the process"
     layer = type(child)
-    if "forward" in own or _FORWARDS.get(layer, layer.forward) is not layer.forward:
+    if is_patched(child) or _FORWARDS.get(layer, layer.forward) is not layer.forward:
         return "has a patched forward"
     for name, tensor in child._parameters.items():
         if tensor is not None and overridden((tensor,)):

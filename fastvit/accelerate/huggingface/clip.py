@@ -6,15 +6,16 @@ from ...layers.mlp import MLPS
 from ...layers.plain import known
 from ..registry import replaces
 from .clip_embedding import ClassTokenEmbedding
-from .layer import ATTENTIONS, CLIP, CLIP_ATTENTION, FC_MLP, Layer
+from .clip_like import clip_layer
+from .layer import ATTENTIONS, CLIP_ATTENTION, FC_MLP
 
 ATTENTIONS[known(clip.CLIPAttention)] = CLIP_ATTENTION
 MLPS[known(clip.CLIPMLP)] = FC_MLP
 
 
 @replaces(clip.CLIPEncoderLayer)
-class CLIPEncoderLayer(Layer, clip.CLIPEncoderLayer):
-    parts = CLIP
+class CLIPEncoderLayer(clip_layer(clip.CLIPEncoderLayer), clip.CLIPEncoderLayer):
+    pass
 
 
 @replaces(clip.CLIPVisionEmbeddings)

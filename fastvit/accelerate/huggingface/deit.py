@@ -2,20 +2,14 @@
 
 from transformers.models.deit import modeling_deit as deit
 
-from ...layers.mlp import MLPS
-from ...layers.plain import known
 from ..registry import replaces
-from .embedding import PATCHES, Embedding
-from .layer import ATTENTIONS, FC_MLP, VIT, AttentionNames, Layer
-
-ATTENTIONS[known(deit.DeiTAttention)] = AttentionNames()
-MLPS[known(deit.DeiTMLP)] = FC_MLP
-PATCHES[known(deit.DeiTPatchEmbeddings)] = None
+from .embedding import Embedding
+from .vit_like import vit_like
 
 
 @replaces(deit.DeiTLayer)
-class DeiTLayer(Layer, deit.DeiTLayer):
-    parts = VIT
+class DeiTLayer(vit_like(deit, "DeiT"), deit.DeiTLayer):
+    pass
 
 
 @replaces(deit.DeiTEmbeddings)

@@ -3,24 +3,14 @@
 from torch import Tensor
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as dinov2
 
-from ...layers.mlp import MLPS
-from ...layers.plain import known
-from ...layers.regularization import DROP_PATHS, LAYER_SCALES
 from ..registry import replaces
-from .embedding import PATCHES, Dinov2Embedding
-from .layer import ATTENTIONS, DINO, FC_MLP, GATED_MLP, AttentionNames, Layer, uniform_scale
-
-ATTENTIONS[known(dinov2.Dinov2WithRegistersAttention)] = AttentionNames()
-MLPS[known(dinov2.Dinov2WithRegistersMLP)] = FC_MLP
-MLPS[known(dinov2.Dinov2WithRegistersSwiGLUFFN)] = GATED_MLP
-LAYER_SCALES[known(dinov2.Dinov2WithRegistersLayerScale)] = "lambda1"
-DROP_PATHS[known(dinov2.Dinov2WithRegistersDropPath)] = uniform_scale
-PATCHES[known(dinov2.Dinov2WithRegistersPatchEmbeddings)] = None
+from .dinov2_like import dinov2_like
+from .embedding import Dinov2Embedding
 
 
 @replaces(dinov2.Dinov2WithRegistersLayer)
-class Dinov2WithRegistersLayer(Layer, dinov2.Dinov2WithRegistersLayer):
-    parts = DINO
+class Dinov2WithRegistersLayer(dinov2_like(dinov2, "Dinov2WithRegisters"), dinov2.Dinov2WithRegistersLayer):
+    pass
 
 
 @replaces(dinov2.Dinov2WithRegistersEmbeddings)

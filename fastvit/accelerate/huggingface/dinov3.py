@@ -10,14 +10,15 @@ from ...layers.mlp import MLPS
 from ...layers.plain import Unfused, known
 from ...layers.regularization import DROP_PATHS, LAYER_SCALES
 from ..embeddings import FusedEmbedding, patches
-from ..registry import replaces
+from ..registry import classes, replaces
 from .layer import ATTENTIONS, DINO, GATED_MLP, UP_MLP, AttentionNames, Layer, uniform_scale
 
 ATTENTIONS[known(dinov3.DINOv3ViTAttention)] = AttentionNames("num_heads", dropout="dropout")
 MLPS[known(dinov3.DINOv3ViTMLP)] = UP_MLP
 MLPS[known(dinov3.DINOv3ViTGatedMLP)] = GATED_MLP
 LAYER_SCALES[known(dinov3.DINOv3ViTLayerScale)] = "lambda1"
-DROP_PATHS[known(dinov3.Dinov3ViTDropPath)] = uniform_scale
+for _layer in classes(dinov3, "Dinov3ViTDropPath", "DINOv3ViTDropPath"):
+    DROP_PATHS[known(_layer)] = uniform_scale
 
 
 @replaces(dinov3.DINOv3ViTLayer)

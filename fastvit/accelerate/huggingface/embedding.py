@@ -24,7 +24,7 @@ class Embedding(FusedEmbedding):
         found = self.patches(pixel_values, bool_masked_pos)
         if interpolate_pos_encoding:
             positions = self.resized_positions(found)
-        elif tuple(pixel_values.shape[2:]) != tuple(self.image_size):
+        elif tuple(pixel_values.shape[2:]) != tuple(self.patch_embeddings.image_size):
             raise Unfused("the images are not of the model's size")
         else:
             positions = self.position_embeddings

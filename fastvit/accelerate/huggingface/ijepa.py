@@ -2,20 +2,14 @@
 
 from transformers.models.ijepa import modeling_ijepa as ijepa
 
-from ...layers.mlp import MLPS
-from ...layers.plain import known
 from ..registry import replaces
-from .embedding import PATCHES, Embedding
-from .layer import ATTENTIONS, FC_MLP, VIT, AttentionNames, Layer
-
-ATTENTIONS[known(ijepa.IJepaAttention)] = AttentionNames()
-MLPS[known(ijepa.IJepaMLP)] = FC_MLP
-PATCHES[known(ijepa.IJepaPatchEmbeddings)] = None
+from .embedding import Embedding
+from .vit_like import vit_like
 
 
 @replaces(ijepa.IJepaLayer)
-class IJepaLayer(Layer, ijepa.IJepaLayer):
-    parts = VIT
+class IJepaLayer(vit_like(ijepa, "IJepa"), ijepa.IJepaLayer):
+    pass
 
 
 @replaces(ijepa.IJepaEmbeddings)

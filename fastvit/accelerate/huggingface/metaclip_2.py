@@ -6,15 +6,16 @@ from ...layers.mlp import MLPS
 from ...layers.plain import known
 from ..registry import replaces
 from .clip_embedding import ClassTokenEmbedding
-from .layer import ATTENTIONS, CLIP, CLIP_ATTENTION, FC_MLP, Layer
+from .clip_like import clip_layer
+from .layer import ATTENTIONS, CLIP_ATTENTION, FC_MLP
 
 ATTENTIONS[known(metaclip.MetaClip2Attention)] = CLIP_ATTENTION
 MLPS[known(metaclip.MetaClip2MLP)] = FC_MLP
 
 
 @replaces(metaclip.MetaClip2EncoderLayer)
-class MetaClip2EncoderLayer(Layer, metaclip.MetaClip2EncoderLayer):
-    parts = CLIP
+class MetaClip2EncoderLayer(clip_layer(metaclip.MetaClip2EncoderLayer), metaclip.MetaClip2EncoderLayer):
+    pass
 
 
 @replaces(metaclip.MetaClip2VisionEmbeddings)
