@@ -98,3 +98,15 @@ cuda: $(STAMP)
 wheel: $(STAMP)
 	rm -rf build
 	FASTVIT_CUDA=$(WHEEL_CUDA) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# The models of transformers 4, whose classes differ, beside the environment's transformers 5.
+HF4_PATH := .venv/transformers-4
+.PHONY: test-hf4
+test-hf4: $(HF4_PATH)/.stamp
+	PYTHONPATH="$(CURDIR)/$(HF4_PATH)" $(BIN)/python -m pytest tests/test_accelerate_huggingface.py \
+		tests/test_accelerate_huggingface4.py -n 2 -p no:cacheprovider
+
+$(HF4_PATH)/.stamp: | $(STAMP)
+	rm -rf $(@D)
+	$(PIP) install --quiet --target $(@D) 'transformers>=4.57,<5' || { rm -rf $(@D); exit 1; }
+	@touch $@

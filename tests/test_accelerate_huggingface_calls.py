@@ -131,6 +131,14 @@ def test_images_that_do_not_fit_fail_as_before(vits):
         assert str(found.value) == str(theirs.value)
 
 
+# As many patches as the model has, and yet not its images.
+def test_images_of_another_shape_fail_as_before():
+    original, ours = pair(build("clip vision")[0])
+    for model in (original, ours):
+        with pytest.raises(ValueError, match="doesn't match model"):
+            model(images(2, (16, 64)))
+
+
 def test_images_that_no_whole_patch_covers(vits):
     original, ours = vits
     call = {"pixel_values": images(2, (37, 44)), "interpolate_pos_encoding": True}
