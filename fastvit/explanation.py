@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, typed_weights_of, why_left_alone
 from .accelerate.example import Inputs, as_call, example_input
@@ -133,6 +132,8 @@ def _order(model: nn.Module):
 
 def _flops(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
     """FLOPs by the names of modules, behind the model's class, and of all as "Global"."""
+    from torch.utils.flop_counter import FlopCounterMode  # with a compiler behind it
+
     with use_backend("reference"), FlopCounterMode(display=False) as counter:
         run_without_data(model, args, kwargs, None, gradients=False)
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

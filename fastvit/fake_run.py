@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 
@@ -19,6 +18,8 @@ def run_without_data(
         device: where weights and inputs are taken to be; None for where they are.
         gradients: record them.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # with a compiler behind it
+
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **kwargs}
     given |= {f"argument {i}": value for i, value in enumerate(args)}
@@ -29,7 +30,7 @@ def run_without_data(
         functional_call(model, fakes, inputs, named)
 
 
-def _fake(value: Any, mode: FakeTensorMode, device: str | None, gradients: bool) -> Any:
+def _fake(value: Any, mode: Any, device: str | None, gradients: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     with mode:

@@ -1,11 +1,11 @@
 """`accelerate` and `restore`: classes are exchanged, and nothing else of the model is touched."""
 
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..backends import TABLE
 from ..layers.block import Block
@@ -110,9 +110,9 @@ def _check(model: nn.Module, mode: str, ops: Collection[str] | None) -> None:
     unknown = [op for op in ops or () if op not in TABLE]
     if unknown:
         raise ValueError(f"unknown op {unknown[0]!r}; the ops are {', '.join(TABLE)}")
-    wrapped = [
-        name for name, m in model.named_modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))
-    ]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded before it is imported
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if wrapped:
         raise ValueError(
             f"{wrapped[0] or 'the model'} is sharded by FSDP: accelerate the model first, then shard it"
