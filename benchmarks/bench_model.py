@@ -1,7 +1,7 @@
-"""Whole models: `python -m fastvit_benchmarks.bench_model vit_base_patch16_224 --batch-size 1 --batch-size 8`.
+"""Whole models: `python -m fastvit_benchmarks.bench_model vit_base_patch16_224 --batch-size 8`.
 
-timm as it comes, compiled (with freezing on a CPU), and accelerated by fastvit, which folds what it may; interleaved.
-A provider whose outputs miss the parity contract is shown as wrong, without a time.
+timm as it comes, compiled (with freezing on a CPU), and accelerated by fastvit, which folds what it may;
+interleaved. A provider whose outputs miss the parity contract is shown as wrong, without a time.
 """
 
 import copy

@@ -3,9 +3,9 @@
     python -m fastvit_benchmarks.measure_cpu kernels/measured/cpu.json
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-B's at batch 8. A table's row holds for all sizes between those
-measured, and its ratio is the smallest of them; sizes are left out from the fewest rows up until no slower
-one is left.
+tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. A table's row holds for all sizes between two
+widths that were measured, and its ratio is the smallest of them; sizes are left out from the fewest tokens up
+until no slower one is left.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +29,7 @@ from . import halves
 from .harness import machine
 from .op_bench import differentiated, run_case
 
-WIDTHS, ROWS = (192, 384, 768), (197, 1576)
+WIDTHS, ROWS = (192, 384, 768, 1024), (197, 1576)
 BESIDE = {
     "layer_norm_linear": ("",),
     "linear_residual": ("", "scaled"),
@@ -99,36 +99,45 @@ def measured(case: Variant, rounds: int) -> tuple[bool, float]:
 
 
 def table(found: dict[Variant, tuple[bool, float]]) -> list[dict]:
-    """A row for each op, dtype, direction and what stands beside, from the fewest rows that are no slower."""
-    here, rows = machine(), []
-    groups: dict[tuple, dict[int, list[tuple[bool, float]]]] = {}
+    """For each op, dtype, direction and what stands beside, a row between every two widths."""
+    groups: dict[tuple, dict[tuple[int, int], tuple[bool, float]]] = {}
     for case, result in found.items():
         key = (case.op, case.dtype, case.direction, case.beside)
-        groups.setdefault(key, {}).setdefault(case.tokens, []).append(result)
-    for (op, dtype, direction, beside), by_rows in groups.items():
-        slow = [count for count, results in by_rows.items() if min(ratio for _, ratio in results) < RATIO]
-        first = min((count for count in by_rows if not slow or count > max(slow)), default=None)
-        if first is None:
-            continue
-        used = [result for count, results in by_rows.items() if count >= first for result in results]
-        rows.append(
-            {
-                "op": op,
-                "gpu": native_backend.machine_name("cpu"),
-                "dtype": dtype,
-                "direction": direction,
-                "options": beside,
-                "width": [WIDTHS[0], WIDTHS[-1]],
-                "rows": [first, None],
-                "ok": all(ok for ok, _ in used),
-                "ratio": round(min(ratio for _, ratio in used), 2),
-                "torch": torch.__version__,
-                "triton": "",
-                "date": date.today().isoformat(),
-                "commit": here.commit,
-            }
-        )
+        groups.setdefault(key, {})[case.width, case.tokens] = result
+    rows = []
+    for key, results in groups.items():
+        for low, high in pairwise(WIDTHS):
+            between = {size: result for size, result in results.items() if low <= size[0] <= high}
+            if row := _row(key, (low, high), between):
+                rows.append(row)
     return rows
+
+
+def _row(
+    key: tuple, widths: tuple[int, int], results: dict[tuple[int, int], tuple[bool, float]]
+) -> dict | None:
+    """From the fewest tokens on from which none is slower; None if there are none."""
+    slow = [tokens for (_, tokens), (_, ratio) in results.items() if ratio < RATIO]
+    first = min((tokens for _, tokens in results if not slow or tokens > max(slow)), default=None)
+    if first is None:
+        return None
+    used = [result for (_, tokens), result in results.items() if tokens >= first]
+    op, dtype, direction, beside = key
+    return {
+        "op": op,
+        "gpu": native_backend.machine_name("cpu"),
+        "dtype": dtype,
+        "direction": direction,
+        "options": beside,
+        "width": list(widths),
+        "rows": [first, None],
+        "ok": all(ok for ok, _ in used),
+        "ratio": round(min(ratio for _, ratio in used), 2),
+        "torch": torch.__version__,
+        "triton": "",
+        "date": date.today().isoformat(),
+        "commit": machine().commit,
+    }
 
 
 def main(
