@@ -64,7 +64,7 @@ def rows(
     """Every provider on batches of this size."""
     model = randomize(timm.create_model(name)).to(device, getattr(torch, dtype)).eval()
     size = timm.data.resolve_model_data_config(model)["input_size"]
-    batches = [torch.randn(batch_size, *size).to(device, model.head.weight.dtype) for _ in range(INPUT_SETS)]
+    batches = [torch.randn(batch_size, *size).to(device, getattr(torch, dtype)) for _ in range(INPUT_SETS)]
     here, given = machine(), providers(model, batches[0], compiles)
     judged = {
         provider: check(call(batches[0]), model, batches[0])

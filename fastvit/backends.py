@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from . import native_backend, recording, triton_backend
+from . import gpus, native_backend, recording, triton_backend
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -114,6 +114,8 @@ _disabled, _unmeasured = _is_set("FASTVIT_DISABLE"), _is_set("FASTVIT_UNMEASURED
 
 # A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
 _stack: list[dict[str, str]] = []
+# How many calls kernels have served.
+_served = [0]
 _said: set[tuple[str, str, str]] = set()
 
 
@@ -170,6 +172,18 @@ def requested(op: str) -> str:
     return "auto"
 
 
+def served() -> int:
+    """How many calls have been resolved to a kernel so far, in this process."""
+    return _served[0]
+
+
+def is_automatic() -> bool:
+    """Whether a call is resolved by the tables alone, and nobody watches: the same call is then as before."""
+    if _stack or _environment or _unmeasured or recording.active:
+        return False
+    return gpus.assumed() is None
+
+
 def resolve(op: str, *args, **kwargs) -> str:
     """The name of the backend that this call of the op runs on.
 
@@ -192,6 +206,8 @@ def resolve(op: str, *args, **kwargs) -> str:
         if reason is None:
             if recording.active:
                 _record(op, row.name, *args, **kwargs)
+            if row is not _REFERENCE and not torch.compiler.is_compiling():
+                _served[0] += 1
             return row.name
         if name != "auto":
             raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
@@ -246,7 +262,7 @@ def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
     here = next((value.device.type for value in args if isinstance(value, torch.Tensor)), None)
     # What is made for another kind of device is worth no word beside what is made for this one.
     telling = [(row, reason) for row, reason in passed if here is None or row.device == here]
-    if not telling and here is not None and chosen != "reference":
+    if passed and not telling and chosen != "reference":
         return "FASTVIT_UNMEASURED is set" if _unmeasured else "measured right and no slower here"
     telling = telling or passed
     names_by_reason: dict[str, list[str]] = {}

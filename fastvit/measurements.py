@@ -40,6 +40,8 @@ class Question(NamedTuple):
 
 
 _listeners: list[list[Question]] = []
+# Another number once the tables may say otherwise.
+generation = 0
 _tables: dict[Key, tuple[tuple[Bounds, str | None], ...]] | None = None
 
 
@@ -102,8 +104,9 @@ def user_file() -> Path:
 
 def clear() -> None:
     """Forget what was read: the next call reads the files anew."""
-    global _tables
+    global _tables, generation
     _tables = None
+    generation += 1
 
 
 def _cover(bounds: Bounds, sizes: dict) -> bool:

@@ -122,7 +122,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "attention",
         ),
         ("heads and channels swapped", "3, num_heads, head_dim)", "3, head_dim, num_heads).mT", "attention"),
-        ("scale dropped", '"scale": scale', '"scale": None', "attention, scale"),
+        ("scale dropped", '"scale": scale,\n', '"scale": None,\n', "attention, scale"),
         ("eps 1e-5 for 1e-6", EPS, LARGER_EPS, "attention, rms_norm"),
     ],
     "reference/attention.py": [
@@ -198,7 +198,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "s, mean=std, std=mean)\n\n",
             "embed, colours",
         ),
-        ("listed colours rounded", "dtype=wide", "dtype=torch.float32", "embed, colours as lists"),
+        ("listed colours rounded", "value), wide", "value), torch.float32", "embed, colours as lists"),
     ],
     "reference/patch_embed.py": [
         ("bytes not divided", "x = x / 255", "x = x", "embed, bytes"),

@@ -4,10 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import recording
+from .. import backends, recording
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from ..layers.plain import Unfused
 from ..layers.settings import Settings
+from .idle import is_idle, kind_of, remember
 
 
 class FusedBlock:
@@ -25,6 +26,10 @@ class FusedBlock:
 
     def forward(self, x: Tensor, *args, **kwargs):
         settings = Settings.of(self)
+        kind = kind_of(self, settings, x, args, kwargs)
+        if is_idle(self, kind):
+            return super().forward(x, *args, **kwargs)
+        served = backends.served()
         try:
             if isinstance(x, Tensor) and x.ndim != 3:
                 raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
@@ -33,4 +38,6 @@ class FusedBlock:
             recording.ran_its_own_forward(reason)
             return super().forward(x, *args, **kwargs)
         with settings.context():
-            return run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
+            out = run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
+        remember(self, kind, idle=backends.served() == served)
+        return out
