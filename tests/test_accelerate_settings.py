@@ -71,3 +71,42 @@ def test_timms_block_fn():
     assert {e.op for e in events} == BLOCK_OPS
     assert torch.equal(out, out)
     assert type(fastvit.restore(theirs).blocks[0]) is timm.models.vision_transformer.Block
+
+
+def test_a_block_that_no_kernel_serves_runs_its_original_forward_at_once(monkeypatch):
+    from fastvit.accelerate.timm_vit import Block
+
+    model, fast = pair()
+    gathered = []
+    original = Block.gather
+    monkeypatch.setattr(Block, "gather", lambda self, *a, **k: gathered.append(1) or original(self, *a, **k))
+    with torch.no_grad():
+        first = fast(X)
+        assert len(gathered) == 2
+        assert torch.equal(fast(X), first)
+        assert len(gathered) == 2
+        fast(images(batch=5))  # another size, and back
+        assert len(gathered) == 4
+        with fastvit.use_backend(layer_norm_mlp="cpp"):  # by name, it is never left out
+            close(fast(images(batch=5)), model(images(batch=5)))
+        assert len(gathered) == 6
+        fastvit.accelerate(fast)  # told something new
+        fast(images(batch=5))
+        assert len(gathered) == 8
+        run(fast, images(batch=5))  # somebody watches
+        assert len(gathered) == 10
+    fastvit.restore(fast)
+    assert not any("_fastvit_idle" in module.__dict__ for module in fast.modules())
+
+
+def test_tables_that_say_otherwise_are_asked_again():
+    from fastvit import measurements
+
+    _, fast = pair()
+    with torch.no_grad():
+        fast(X)
+        assert "_fastvit_idle" in fast.blocks[0].__dict__
+        before = fast.blocks[0].__dict__["_fastvit_idle"]
+        measurements.clear()
+        fast(X)
+        assert fast.blocks[0].__dict__["_fastvit_idle"] != before

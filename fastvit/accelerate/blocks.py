@@ -8,7 +8,7 @@ from .. import backends, recording
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from ..layers.plain import Unfused
 from ..layers.settings import Settings
-from .idle import is_idle, kind_of, remember
+from .idle import is_idle, remember
 
 
 class FusedBlock:
@@ -25,10 +25,9 @@ class FusedBlock:
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args, **kwargs):
-        settings = Settings.of(self)
-        kind = kind_of(self, settings, x, args, kwargs)
-        if is_idle(self, kind):
+        if is_idle(self, x):
             return super().forward(x, *args, **kwargs)
+        settings = Settings.of(self)
         served = backends.served()
         try:
             if isinstance(x, Tensor) and x.ndim != 3:
@@ -39,5 +38,6 @@ class FusedBlock:
             return super().forward(x, *args, **kwargs)
         with settings.context():
             out = run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
-        remember(self, kind, idle=backends.served() == served)
+        own_ways = settings.checkpoint or settings.subset
+        remember(self, x, idle=not own_ways and backends.served() == served)
         return out

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..layers.settings import ATTRIBUTE, Settings
+from .idle import forget
 
 
 def fold_normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
@@ -33,5 +34,6 @@ def fold_normalize(model: nn.Module, mean: Sequence[float], std: Sequence[float]
             given = f"mean has {len(mean)} values and std {len(std)}"
             raise ValueError(f"{given}; the model's images have {channels} channels")
         values = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+        forget(module)
         module.__dict__[ATTRIBUTE] = Settings.of(module)._replace(**values)
     return model

@@ -13,6 +13,7 @@ from ..layers.plain import is_patched
 from ..layers.settings import ATTRIBUTE, Settings
 from ..vit import VisionTransformer
 from .candidates import why_left_alone
+from .idle import forget
 from .registry import PARTS, REPLACEMENTS, is_replaced, load_families
 
 MODES = ("train", "inference")
@@ -78,6 +79,7 @@ def restore(model: nn.Module) -> nn.Module:
         if is_replaced(module):
             _exchange(module, type(module).original)
         module.__dict__.pop(ATTRIBUTE, None)
+        forget(module)
     return model
 
 
@@ -90,6 +92,7 @@ def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
                 child.__class__ = PARTS.get(type(child), type(child))
         if is_replaced(module) or isinstance(module, (Block, VisionTransformer)):
             old = Settings.of(module)
+            forget(module)
             module.__dict__[ATTRIBUTE] = settings._replace(mean=old.mean, std=old.std)
             yield module
 

@@ -10,11 +10,12 @@ import torch
 from timm import layers
 from torch import Tensor, nn
 
-from .. import ops, recording
+from .. import backends, ops, recording
 from ..call_facts import compute_dtype
 from ..layers.patch_embed import cuts_patches
 from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ..layers.settings import Settings
+from .idle import is_idle, remember
 from .registry import part
 
 
@@ -35,7 +36,9 @@ class PatchEmbed(layers.PatchEmbed):
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
     """The images as they are to go through the model: embedded already, or as they are."""
-    settings = Settings.of(model)
+    if is_idle(model, images):
+        return images
+    settings, served = Settings.of(model), backends.served()
     with recording.inside("patch_embed"), settings.context():
         try:
             arguments, grid = gather(model, images, settings)
@@ -43,7 +46,8 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
             recording.ran_its_own_forward(reason)
             return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
         tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
-        return Embedded(tokens, images.shape, grid)
+    remember(model, images, idle=settings.mean is None and backends.served() == served)
+    return Embedded(tokens, images.shape, grid)
 
 
 def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple, tuple[int, int]]:
