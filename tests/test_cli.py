@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from fastvit import backends, cli, create_model
+from fastvit.regimes import OPS
 from fastvit.verification import op_cases
 
 
@@ -132,3 +133,54 @@ def test_as_a_process_the_error_has_no_traceback():
     assert done.returncode == 1
     assert done.stderr.startswith("fastvit: error: unknown model 'nope'")
     assert "Traceback" not in done.stderr
+
+
+def test_explain_for_a_gpu_that_is_not_here(run):
+    status, out, _ = run("explain", "test_vit", "--arch", "sm_90", "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["coverage"]["blocks"] == 1.0
+    assert 0.5 < facts["coverage"]["flops"] <= 1.0
+    assert {row["op"] for row in facts["rows"]} == {*OPS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "resnet18"], "resnet18 has no block of a vision transformer: there is nothing to"),
+        (["explain", "test_vit", "--arch", "hopper"], "arch is 'hopper'; it must be like sm_80"),
+        (["explain", "test_vitt"], "no folder with a config.json; did you mean test_vit"),
+        (["tune", "test_vit", "--device", "cuda"], "device 'cuda': torch sees no CUDA GPU here"),
+    ],
+)
+def test_failures_of_explain_and_tune_are_one_line(run, arguments, message):
+    status, _, error = run(*arguments)
+    assert status == 1
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_verify_of_another_librarys_model(run):
+    status, out, error = run("verify", "eva02_tiny_patch14_224", "--json", "--batch-size", "1")
+    assert status == 0, error
+    names = [row["name"] for row in json.loads(out)]
+    assert names[:3] == ["embed", "blocks.0", "blocks.1"]
+    assert names[-2:] == ["output", "top-1"] or names[-1] == "output"
+
+
+def test_a_folder_of_a_hugging_face_model(run, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    status, out, error = run("explain", str(tmp_path), "--arch", "sm_90", "--json")
+    assert status == 0, error
+    assert json.loads(out)["coverage"]["blocks"] == 1.0
+    assert run("verify", str(tmp_path))[0] == 0
+    assert "weights of its own" in run("explain", str(tmp_path), "--checkpoint", "x.pt")[2]
+
+
+def test_tune_on_a_cpu(run):
+    status, out, _ = run("tune", "test_vit", "--device", "cpu")
+    assert status == 0
+    assert "there is nothing to tune on a CPU" in out
