@@ -110,3 +110,12 @@ def test_tables_that_say_otherwise_are_asked_again():
         measurements.clear()
         fast(X)
         assert fast.blocks[0].__dict__["_fastvit_idle"] != before
+
+
+def test_the_first_call_and_the_next_give_the_same_bits():
+    for kind in ("vit", "eva"):
+        model, fast = pair(kind)
+        with torch.no_grad():
+            first = fast(X)
+            assert torch.equal(fast(X), first)
+            assert torch.equal(model(X), first)  # no kernel serves these sizes

@@ -13,28 +13,33 @@ ATTRIBUTE = "_fastvit_idle"
 
 
 def is_idle(module: nn.Module, x: Tensor) -> bool:
-    """Whether no kernel served the last call of this kind.
-
-    Never while gradients are recorded: what a checkpoint computes again must be what was computed first.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """Whether no kernel served the last call of this kind."""
+    if not _is_quiet(module):
         return False
     known = module.__dict__.get(ATTRIBUTE)
-    return known is not None and type(x) is Tensor and known == _kind(module, x) and backends.is_automatic()
+    return known is not None and type(x) is Tensor and known == _kind(x) and backends.is_automatic()
 
 
-def remember(module: nn.Module, x: Tensor, idle: bool) -> None:
-    """Keep whether no kernel served a call."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return
-    if idle and type(x) is Tensor and backends.is_automatic():
-        module.__dict__[ATTRIBUTE] = _kind(module, x)
+def became_idle(module: nn.Module, x: Tensor, served: bool) -> bool:
+    """Keep whether a kernel served a call.
+
+    If none did, the call's result is to be the original forward's, as the next one's will be: the same bits.
+    """
+    idle = not served and _is_quiet(module) and type(x) is Tensor and backends.is_automatic()
+    if idle:
+        module.__dict__[ATTRIBUTE] = _kind(x)
     else:
         forget(module)
+    return idle
 
 
-def _kind(module: nn.Module, x: Tensor) -> tuple:
-    return (x.shape, x.dtype, x.is_cuda, module.training, measurements.generation)
+def _is_quiet(module: nn.Module) -> bool:
+    """Whether nothing is drawn, traced or recorded: a checkpoint computes again what it computed first."""
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _kind(x: Tensor) -> tuple:
+    return (x.shape, x.dtype, x.is_cuda, measurements.generation)
 
 
 def forget(module: nn.Module) -> None:

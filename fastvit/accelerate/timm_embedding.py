@@ -15,7 +15,7 @@ from ..call_facts import compute_dtype
 from ..layers.patch_embed import cuts_patches
 from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ..layers.settings import Settings
-from .idle import is_idle, remember
+from .idle import became_idle, is_idle
 from .registry import part
 
 
@@ -46,7 +46,8 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
             recording.ran_its_own_forward(reason)
             return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
         tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
-    remember(model, images, idle=settings.mean is None and backends.served() == served)
+    if settings.mean is None and became_idle(model, images, backends.served() > served):
+        return images
     return Embedded(tokens, images.shape, grid)
 
 
