@@ -143,8 +143,8 @@ def table(lines: dict[str, list[Line]], depth: int) -> str:
         "Written by `make coverage`. *Blocks*: the share of them whose every op has a Triton or CUDA kernel",
         f'on an H100, as `fastvit.explain(model, arch="{ARCH}")` says and a run on fake CUDA tensors',
         "confirms. *Error*: the largest of the outputs' errors in float32 on a CPU, against the original in",
-        f"float64, {depth} block{'s' * (depth > 1)} deep with random weights; embedding, blocks and output are",
-        "all judged by the parity contract.",
+        f"float64, {depth} block{'s' * (depth > 1)} deep with random weights; embedding, blocks and output",
+        "are all judged by the parity contract.",
         "",
         f"timm {timm.__version__}, torch {torch.__version__}.",
     ]
