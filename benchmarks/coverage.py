@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvit
 from fastvit.accelerate.candidates import blocks_of
 from fastvit.accelerate.example import example_input
+from fastvit.backends import kernels_for
 from fastvit.fake_run import run_without_data
 from fastvit.gpus import assume_arch
 from fastvit.verification import randomize
@@ -32,9 +33,6 @@ FAMILIES = {
     "VisionTransformer": ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin"),
     "Eva": ("eva",),
 }
-KERNELS = {"patch_embed": "triton", "attention": "triton"} | dict.fromkeys(
-    ("layer_norm_linear", "linear_residual", "layer_norm_mlp"), "cuda"
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def calls(model: nn.Module) -> set[tuple[str, str]]:
                 found.add((inside[-1], func._opname.removesuffix("_fwd")))
             return func(*args, **kwargs or {})
 
-    with _entering(model, inside), assume_arch(ARCH), fastvit.use_backend(**KERNELS), Record():
+    with _entering(model, inside), assume_arch(ARCH), fastvit.use_backend(**kernels_for("cuda")), Record():
         run_without_data(model, (example_input(model),), {}, "cuda", gradients=False)
     return found
 

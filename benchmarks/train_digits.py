@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import fastvit
+from fastvit.backends import kernels_for
 from fastvit.errors import FastvitError
 
 from . import digits
@@ -32,11 +33,6 @@ NEAR_TOLERANCE, ACCURACY = 0.01, 0.97
 # A loss near one, in float32: what its mean can differ by if nothing else does.
 ROUNDING = 1e-7
 TORCH, OTHER, OURS = "torch", "torch, one thread", "fastvit"
-KERNELS = {
-    "cpu": dict.fromkeys(("layer_norm_linear", "linear_residual", "layer_norm_mlp"), "cpp"),
-    "cuda": {"patch_embed": "triton", "attention": "triton"}
-    | dict.fromkeys(("layer_norm_linear", "linear_residual", "layer_norm_mlp"), "cuda"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def train(
 
 def _kernels(model: nn.Module, device: str) -> AbstractContextManager:
     fastvit.accelerate(model, strict=True)
-    return fastvit.use_backend(**KERNELS[device])
+    return fastvit.use_backend(**kernels_for(device))
 
 
 def judge(curves: dict[str, Curve]) -> list[Verdict]:

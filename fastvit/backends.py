@@ -172,6 +172,11 @@ def requested(op: str) -> str:
     return "auto"
 
 
+def kernels_for(device: str) -> dict[str, str]:
+    """Each op's backend that is made for "cpu" or "cuda", as ``use_backend`` takes them."""
+    return {op: row.name for op, rows in TABLE.items() for row in rows if row.device == device}
+
+
 def served() -> int:
     """How many calls have been resolved to a kernel so far, in this process."""
     return _served[0]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops, recording
-from .layers.patch_embed import PatchEmbed
+from .layers.patch_embed import PatchEmbed, joined_tokens
 from .layers.plain import weight_and_bias
 from .layers.pos_embed import resize_pos_embed
 from .layers.settings import Settings
@@ -48,8 +48,7 @@ class Embedding:
         return self.pos_drop(x if self.no_embed_class else x + positions)
 
     def _prefix(self) -> Tensor | None:
-        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        return torch.cat(tokens, dim=1) if len(tokens) > 1 else (tokens or [None])[0]
+        return joined_tokens(self.cls_token, self.reg_token)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         if self.pos_embed is None:

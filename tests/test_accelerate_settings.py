@@ -119,3 +119,28 @@ def test_the_first_call_and_the_next_give_the_same_bits():
             first = fast(X)
             assert torch.equal(fast(X), first)
             assert torch.equal(model(X), first)  # no kernel serves these sizes
+
+
+def test_strict_leaves_what_was_told_before():
+    _, fast = pair()
+    fast.blocks[1] = timm.models.vision_transformer.ResPostBlock(64, num_heads=2, init_values=0.1).eval()
+    kinds, told = [type(module) for module in fast.modules()], dict(fast.blocks[0].__dict__)
+    with pytest.raises(ValueError, match="its norms come behind attention and MLP"):
+        fastvit.accelerate(fast, mode="inference", strict=True)
+    assert [type(module) for module in fast.modules()] == kinds
+    assert fast.blocks[0].__dict__["_fastvit"] == told["_fastvit"]
+
+
+@torch.no_grad()
+def test_a_bias_that_is_zeros_is_joined_once():
+    from fastvit.accelerate.joined import joined_projections
+
+    layers = [torch.nn.Linear(4, 4, bias=bias) for bias in (True, False, True)]
+    weight, bias = joined_projections(layers)
+    assert torch.equal(weight, torch.cat([layer.weight for layer in layers]))
+    assert torch.equal(bias, torch.cat([layers[0].bias, torch.zeros(4), layers[2].bias]))
+    again = joined_projections(layers)
+    assert again[0] is weight
+    assert again[1] is bias
+    layers[2].bias.add_(1)
+    assert torch.equal(joined_projections(layers)[1][8:], layers[2].bias)

@@ -2,11 +2,10 @@
 
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops, recording
-from ..layers.patch_embed import cuts_patches
+from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, weight_and_bias
 from ..layers.settings import Settings
 
@@ -36,8 +35,7 @@ class Patches(NamedTuple):
         count = self.count + sum(token.shape[1] for token in prefix if for_prefix)
         if positions is not None and positions.shape[1] != count:
             raise Unfused("its positions are not those of its grid")
-        tokens = torch.cat(prefix, dim=1) if len(prefix) > 1 else (prefix or [None])[0]
-        return *self, positions, tokens
+        return *self, positions, joined_tokens(*prefix)
 
 
 def patches(parent: nn.Module, name: str, images: Tensor, cast: bool = False) -> Patches:

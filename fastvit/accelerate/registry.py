@@ -43,23 +43,14 @@ LEFT_ALONE: dict[type[nn.Module], str] = {}
 _tried: set[str] = set()
 
 
-def replaces(original: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator: this subclass of ``original`` takes its place."""
+def replaces(
+    original: type[nn.Module], table: dict[type[nn.Module], type[nn.Module]] = REPLACEMENTS
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: this subclass of ``original`` takes its place, by this table."""
 
     def register(replacement: type[nn.Module]) -> type[nn.Module]:
         replacement.original = original
-        REPLACEMENTS[original] = replacement
-        return replacement
-
-    return register
-
-
-def part(original: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator: this subclass takes the place of ``original`` in the modules that we replace."""
-
-    def register(replacement: type[nn.Module]) -> type[nn.Module]:
-        replacement.original = original
-        PARTS[original] = replacement
+        table[original] = replacement
         return replacement
 
     return register

@@ -58,13 +58,15 @@ def accelerate(
     load_families()
     others = () if ops is None else tuple(op for op in TABLE if op not in ops)
     settings = Settings(mode == "inference", others, checkpoint=checkpoint, subset=subset_drop_path)
-    found = [*_accelerated(model, settings)]
-    left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
+    left = {
+        name: reason
+        for name, module in model.named_modules()
+        if type(module) not in REPLACEMENTS and (reason := why_left_alone(module))
+    }
     if strict and left:
-        restore(model)
         reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left.items())
         raise ValueError(f"accelerate(strict=True) leaves blocks alone: {reasons}")
-    if not found:
+    if not list(_accelerated(model, settings)):
         why = next(iter(left.values()), "it holds no block of a vision transformer that fastvit knows")
         message = f"accelerate changed nothing in {type(model).__name__}: {why}"
         if strict:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import backends, ops, recording
 from ..call_facts import compute_dtype
-from ..layers.patch_embed import cuts_patches
+from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
-from .registry import part
+from .registry import PARTS, replaces
 
 
 class Embedded(NamedTuple):
@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
 
 @known
-@part(layers.PatchEmbed)
+@replaces(layers.PatchEmbed, PARTS)
 class PatchEmbed(layers.PatchEmbed):
     def forward(self, x: Tensor | Embedded) -> Tensor | Embedded:
         return x if isinstance(x, Embedded) else super().forward(x)
@@ -77,8 +77,7 @@ def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple,
     grid = (height // ph, width // pw)
     if not whole:  # a view: a convolution never reads what is left over
         images = images[:, :, : grid[0] * ph, : grid[1] * pw]
-    prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
-    prefix = torch.cat(prefix, dim=1) if len(prefix) > 1 else (prefix or [None])[0]
+    prefix = joined_tokens(model.cls_token, model.reg_token)
     positions = _positions(model, grid)
     for tensor in (positions, prefix):
         if tensor is not None and tensor.dtype != weight.dtype and compute_dtype(weight) == weight.dtype:

@@ -137,6 +137,12 @@ def cuts_patches(proj: nn.Conv2d) -> bool:
     )
 
 
+def joined_tokens(*tokens: Tensor | None) -> Tensor | None:
+    """Class and register tokens [1, n, D] as `patch_embed` takes them, [1, P, D]; None if there are none."""
+    given = [token for token in tokens if token is not None]
+    return torch.cat(given, dim=1) if len(given) > 1 else (given or [None])[0]
+
+
 @torch.fx.wrap
 def fit_images(
     images: Tensor,
