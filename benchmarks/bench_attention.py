@@ -1,4 +1,4 @@
-"""attention on a packed projection: `python -m fastvit_benchmarks.bench_attention [--quick]`.
+"""attention on a packed projection.
 
 Every provider starts from qkv [B, N, 3 * H * d] and ends with [B, N, H * d], as in a ViT's block: the views
 and copies that torch's op needs on the way are part of its time.
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit import ops, use_backend
 
 from .op_bench import DIRECTIONS, Case, Inputs, Provider, Results, compiled, differentiated
-from .op_screen import command
+from .op_peers import peers
 
 TOKENS, BATCHES = (50, 197, 257, 577, 1370), (1, 8, 64, 256)
 OTHER_HEAD_DIMS = (72, 80, 88, 96, 128)
@@ -158,7 +158,8 @@ def providers(case: Attention, device: torch.device) -> tuple[dict[str, Provider
     """Those that need least memory first, and torch's own choice as the baseline."""
     offered = {"sdpa": sdpa}
     offered |= {name: partial(sdpa, backend=backend) for name, backend in SDPA[device.type].items()}
-    absent = {}
+    others, absent = peers(case.op, device)
+    offered |= others
     if device.type == "cuda":
         offered["fastvit triton"] = triton
     else:
@@ -183,7 +184,3 @@ def cases(device: torch.device, quick: bool, dtypes: tuple[str, ...]) -> Iterato
     dtypes = dtypes[:1] if quick else dtypes
     for dtype, (batch, tokens, head_dim), direction in product(dtypes, sizes, DIRECTIONS):
         yield Attention(direction, dtype, batch, tokens, 12, head_dim)
-
-
-if __name__ == "__main__":
-    command(cases, providers)

@@ -1,4 +1,4 @@
-"""layer_norm_linear as a block's QKV projection: `python -m fastvit_benchmarks.bench_layer_norm_linear`."""
+"""layer_norm_linear as a block's QKV projection."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import halves
-from .op_screen import command
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class LayerNormLinear(halves.Half):
         return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), weight, bias)
 
 
+providers = halves.providers
+
+
 def cases(device: torch.device, quick: bool, dtypes: tuple[str, ...]) -> Iterator[LayerNormLinear]:
     return (LayerNormLinear(*size) for size in halves.sizes(device, quick, dtypes))
-
-
-if __name__ == "__main__":
-    command(cases, halves.providers)

@@ -1,4 +1,4 @@
-"""layer_norm_mlp with exact GELU: `python -m fastvit_benchmarks.bench_layer_norm_mlp [--quick]`."""
+"""layer_norm_mlp with exact GELU."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from fastvit.ops import native
 
 from . import halves
 from .op_bench import Inputs, Provider, Results, differentiated
-from .op_screen import command
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,16 @@ def tanh_epilogue(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
     return run
 
 
-def with_fc1(provider: Provider, fused: bool) -> Provider:
-    """The same with GELU in fc1's epilogue, if the library has a kernel for it, or in a pass of its own."""
+def with_fc1(provider: Provider, fused: bool, folded: bool = False) -> Provider:
+    """The same with GELU in fc1's epilogue, if the library has a kernel for it, or in a pass of its own.
+
+    With ``folded`` the norm is there too, and its weight in a copy of fc1's.
+    """
 
     def prepare(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
-        with native.fusing(fused):
+        with native.fusing(fused), native.folding(folded):
             run = provider(case, inputs)
-        return native.fusing(fused)(run)
+        return native.folding(folded)(native.fusing(fused)(run))
 
     return prepare
 
@@ -90,6 +92,7 @@ def providers(case: LayerNormMlp, device: torch.device) -> tuple[dict[str, Provi
         library = differentiated(halves.on_backend(case, "cuda"))
         given |= {"fastvit cuda": with_fc1(library, False), "fastvit cuda, fused": with_fc1(library, True)}
         if case.direction == "fwd" and case.dtype in ("bfloat16", "float16"):
+            given["fastvit cuda, folded"] = with_fc1(library, True, folded=True)
             given["cublaslt, tanh"] = tanh_epilogue
     if device.type == "cpu" and case.direction == "fwd":
         given["onednn packed"] = onednn
@@ -98,7 +101,3 @@ def providers(case: LayerNormMlp, device: torch.device) -> tuple[dict[str, Provi
 
 def cases(device: torch.device, quick: bool, dtypes: tuple[str, ...]) -> Iterator[LayerNormMlp]:
     return (LayerNormMlp(*size) for size in halves.sizes(device, quick, dtypes))
-
-
-if __name__ == "__main__":
-    command(cases, providers)

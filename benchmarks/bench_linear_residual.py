@@ -1,4 +1,4 @@
-"""linear_residual as attention's output projection: `python -m fastvit_benchmarks.bench_linear_residual`."""
+"""linear_residual as attention's output projection."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import halves
-from .op_screen import command
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class LinearResidual(halves.Half):
         return residual + layer_scale * F.linear(x, weight, bias)
 
 
+providers = halves.providers
+
+
 def cases(device: torch.device, quick: bool, dtypes: tuple[str, ...]) -> Iterator[LinearResidual]:
     return (LinearResidual(*size) for size in halves.sizes(device, quick, dtypes))
-
-
-if __name__ == "__main__":
-    command(cases, halves.providers)

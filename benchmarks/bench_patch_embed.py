@@ -1,4 +1,4 @@
-"""Images to tokens: `python -m fastvit_benchmarks.bench_patch_embed [--quick]`.
+"""Images to tokens.
 
 Every provider makes tokens [B, 1 + N, D] of images [B, 3, 224, 224], class token and positions included; of
 uint8 images it normalises their colours as well. Images get no gradient, as in training.
@@ -16,7 +16,6 @@ from torch import Tensor
 from fastvit import ops, use_backend
 
 from .op_bench import DIRECTIONS, Case, Inputs, Provider, Results, compiled, differentiated
-from .op_screen import command
 
 WIDTHS, PATCHES, BATCHES = (384, 768, 1024), (14, 16, 32), (1, 8, 64, 256)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -188,7 +187,3 @@ def cases(device: torch.device, quick: bool, dtypes: tuple[str, ...]) -> Iterato
             continue
         for direction in DIRECTIONS:
             yield PatchEmbed(direction, dtype, batch, patch, width, of_bytes)
-
-
-if __name__ == "__main__":
-    command(cases, providers)

@@ -1,33 +1,31 @@
-"""A model's training step: `python -m fastvit_benchmarks.bench_train vit_small_patch16_224 --batch-size 8`.
+"""`fastvit bench train`: a model's forward, backward and whole step with AdamW, the providers interleaved.
 
-timm eager, torch.compile and fastvit, forward, backward and the whole step with AdamW apart, interleaved,
-with what the forward pass keeps. A provider whose gradients miss the parity contract is shown as wrong,
-without a time.
+A provider whose gradients miss the parity contract is shown as wrong, without a time. Memory is the most
+that a GPU held for the gradients; on a CPU, what the forward pass keeps.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import timm
 import torch
-import typer
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastvit
 from fastvit.contract import gemm_libraries, judge
 from fastvit.verdicts import Check
-from fastvit.verification import randomize
 
-from .harness import Row, machine, measure, ratios, save
-from .model_screen import show
+from . import roofline
+from .bench_model import SETTLE, Subject, flops
+from .harness import Row, Stopped, Timing, machine, measure, ratios
+from .model_screen import Shown, progress
+from .op_bench import at_its_best, in_words, peak_mb
 
 DIRECTIONS = ("fwd", "bwd", "step")
+# Products: forward once, and for the gradients of inputs and of weights once each.
+PRODUCTS = {"fwd": 1, "bwd": 2, "step": 3}
 Gradients = dict[str, Tensor]
 
 
@@ -60,14 +58,19 @@ class Trained:
         return {"fwd": lambda: self.loss(x), "bwd": backward, "step": step}
 
 
-def providers(model: nn.Module) -> dict[str, Trained]:
+def providers(model: nn.Module, max_autotune: bool) -> dict[str, Trained]:
     """timm's own, compiled, and accelerated with `auto`'s backends, each with weights of its own."""
-    eager, compiled, fast = (copy.deepcopy(model) for _ in range(3))
-    return {
-        "timm eager": Trained(eager, eager),
-        "timm compiled": Trained(torch.compile(compiled), compiled),
-        "fastvit": Trained(fastvit.accelerate(fast), fast),
+    given: dict[str, Callable[[nn.Module], Callable]] = {
+        "timm eager": lambda own: own,
+        "timm compiled": lambda own: torch.compile(own, dynamic=False),
+        "fastvit": fastvit.accelerate,
+        "fastvit compiled": lambda own: torch.compile(fastvit.accelerate(own), dynamic=False),
     }
+    if max_autotune:
+        tuned = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+        given["timm compiled, max-autotune"] = lambda own: torch.compile(own, **tuned)
+    copies = {name: copy.deepcopy(model) for name in given}
+    return {name: Trained(make(copies[name]), copies[name]) for name, make in given.items()}
 
 
 def checks(found: Gradients, truth: Gradients, torchs: list[Gradients]) -> list[Check]:
@@ -95,53 +98,69 @@ def saved_mb(trained: Trained, x: Tensor) -> float:
     return sum(kept.values()) / 1e6
 
 
-def rows(
-    name: str, batch_size: int, dtype: str, device: torch.device, rounds: int, console: Console
-) -> list[Row]:
-    """Every provider in every direction."""
-    model = randomize(timm.create_model(name)).to(device, getattr(torch, dtype)).train()
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    x = torch.randn(batch_size, *size).to(device, getattr(torch, dtype))
-    here, given, judged = machine(), providers(model), {}
+def run(
+    subject: Subject, max_autotune: bool, rounds: int, console: Console, keep: Callable[[Shown], None]
+) -> None:
+    """Judge the providers' gradients, time the right ones, and hand over each direction as it comes."""
+    torch.compiler.reset()
+    with at_its_best(), roofline.products_in(subject.dtype):
+        model = subject.model().train()
+        (x,) = subject.images(model, 1)
+        given, absent = providers(model, max_autotune), {}
+        judged = _judge(subject, model, given, x, absent, console)
+        right = {name: given[name] for name, found in judged.items() if all(check.ok for check in found)}
+        memory = {name: _memory(given[name], x) for name in judged}
+        work, calls = flops(model, x), {name: trained.calls(x) for name, trained in right.items()}
+        facts = {"op": subject.name, "dtype": subject.dtype, "batch": subject.batch_size}
+        facts |= {"shape": x.shape[1:], "peak_tflops": roofline.peak_tflops(subject.device, subject.dtype)}
+        wrong = {n: next(str(c) for c in found if not c.ok) for n, found in judged.items() if n not in right}
+
+        def hand_over(direction: str, timings: dict[str, Timing]) -> None:
+            made = Shown(f"{subject.title}: training, {direction}", wrong=wrong, absent=absent)
+            for name in judged:
+                own = {"provider": name, "ok": name in right, "peak_mb": memory[name], "direction": direction}
+                own |= {"flops": PRODUCTS[direction] * work}
+                made.rows.append(Row.of(timings.get(name), machine(), **facts | own))
+            made.speeds = ratios(timings, next(iter(timings))) if timings else {}
+            keep(made)
+
+        for direction in DIRECTIONS:
+            own = {name: by_direction[direction] for name, by_direction in calls.items()}
+            try:
+                with progress(f"timing {direction}", rounds + 2, console) as tick:
+                    how = {"warmup": 2, "device": subject.device, "settle": SETTLE[subject.device.type]}
+                    hand_over(direction, measure(own, rounds=rounds, on_round=tick, **how) if own else {})
+            except Stopped as stop:
+                hand_over(direction, stop.timings)
+                raise
+
+
+def _judge(
+    subject: Subject,
+    model: nn.Module,
+    given: dict[str, Trained],
+    x: Tensor,
+    absent: dict[str, str],
+    console: Console,
+) -> dict[str, list[Check]]:
+    """Each provider's checks; those that cannot run are told of in ``absent``."""
     truth = Trained(wide := copy.deepcopy(model).double(), wide).gradients(x.double())
-    torchs = []
-    for _, context in gemm_libraries(device):
+    torchs, judged = [], {}
+    for _, context in gemm_libraries(subject.device):
         with context():
             torchs.append(given["timm eager"].gradients(x))
-    for provider in track(given, "judging", console=console, transient=True):
-        judged[provider] = checks(given[provider].gradients(x), truth, torchs)
-    memory = {provider: saved_mb(trained, x) for provider, trained in given.items()}
-    right = [provider for provider, found in judged.items() if all(check.ok for check in found)]
-    calls = {provider: given[provider].calls(x) for provider in right}
-    found = []
-    for direction in track(DIRECTIONS, "timing", console=console, transient=True):
-        timings = measure({p: calls[p][direction] for p in right}, rounds=rounds, warmup=2, device=device)
-        speeds = ratios(timings, right[0])
-        for provider, timing in timings.items():
-            facts = {"op": name, "provider": provider, "dtype": dtype, "shape": size, "batch": batch_size}
-            row = Row.of(timing, here, ok=True, direction=direction, peak_mb=memory[provider], **facts)
-            found.append((row, speeds[provider]))
-    wrong = {p: next(str(c) for c in found if not c.ok) for p, found in judged.items() if p not in right}
-    console.print(show(f"{name}, batch {batch_size}, {dtype}: training", found, wrong))
-    return [row for row, _ in found]
+    with progress("preparing", len(given), console) as step:
+        for name, trained in given.items():
+            step(name)
+            try:
+                judged[name] = checks(trained.gradients(x), truth, torchs)
+            except Exception as error:  # a compiler raises its own for what it cannot do
+                absent[name] = in_words(error)
+    return judged
 
 
-def main(
-    name: Annotated[str, typer.Argument(help="A model of timm.")] = "vit_small_patch16_224",
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 7,
-    json: Annotated[Path | None, typer.Option(help="Where to keep the rows.")] = None,
-) -> None:
-    """Time a training step."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console, kept = Console(), []
-    for size in batch_size or [8]:
-        kept += rows(name, size, dtype, place, rounds, console)
-        if json is not None:
-            save(kept, json)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _memory(trained: Trained, x: Tensor) -> float:
+    """Of one step: on a GPU the peak, else what is saved."""
+    if not x.is_cuda:
+        return saved_mb(trained, x)
+    return peak_mb(lambda: trained.gradients(x), x.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastvit import ops, use_backend
 
 from .op_bench import DIRECTIONS, Case, Inputs, Provider, Results, compiled, differentiated
+from .op_peers import peers
 
 TOKENS = 197
 WIDTHS = {"cpu": (384, 768), "cuda": (384, 768, 1024)}
@@ -140,7 +141,9 @@ def providers(case: Half, device: torch.device) -> tuple[dict[str, Provider], di
     }
     if device.type == "cpu" and case.direction == "fwd":
         given["compiled, frozen"] = frozen
-    return given, {f"fastvit {other}": f"it is for {'CPUs' if other == 'cpp' else 'CUDA GPUs'}"}
+    others, absent = peers(case.op, device)
+    given |= {name: differentiated(forward) for name, forward in others.items()}
+    return given, absent | {f"fastvit {other}": f"it is for {'CPUs' if other == 'cpp' else 'CUDA GPUs'}"}
 
 
 def sizes(

@@ -11,11 +11,18 @@ from .machine import Machine, machine
 from .rows import Row, load, save
 from .timing import Timing
 
-__all__ = ["Machine", "Row", "Timing", "load", "machine", "measure", "ratios", "rotating", "save"]
+__all__ = ["Machine", "Row", "Stopped", "Timing", "load", "machine", "measure", "ratios", "rotating", "save"]
 
 Call = Callable[[], object]
 # Written between two timed calls: larger than any L2, and long enough for the host to get ahead of the GPU.
 _FLUSH_BYTES = 256 << 20
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C after some rounds, with what those gave."""
+
+    def __init__(self, timings: dict[str, Timing]) -> None:
+        self.timings = timings
 
 
 def measure(
@@ -28,6 +35,7 @@ def measure(
     sync: Call | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_round: Call | None = None,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the providers in interleaved rounds: A B C, A B C, ...
 
@@ -40,6 +48,10 @@ def measure(
         sync: times by `clock` instead, with this call (torch.cuda.synchronize, say) around every sample.
         clock: seconds; a test gives its own.
         on_round: called after each round, warm-up included (a progress bar's tick).
+        settle: seconds of rest before each sample, in which the last provider's own threads stop spinning.
+
+    Raises:
+        Stopped: at Ctrl-C, if a round was over.
     """
     if not providers or rounds < 1 or warmup < 0:
         counts = f"{len(providers)} providers, {rounds} rounds, {warmup} warm-up rounds"
@@ -48,17 +60,27 @@ def measure(
     sample = _event_sampler(device) if events else _clock_sampler(clock, sync)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     spent = 0.0
-    for index in itertools.count(-warmup):
-        if index >= rounds and spent >= 1e3 * min_seconds:
-            break
-        for name, call in providers.items():
-            elapsed = sample(call)
-            if index >= 0:
-                samples[name].append(elapsed)
-                spent += elapsed
-        if on_round is not None:
-            on_round()
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    try:
+        for index in itertools.count(-warmup):
+            if index >= rounds and spent >= 1e3 * min_seconds:
+                break
+            for name, call in providers.items():
+                time.sleep(settle)
+                elapsed = sample(call)
+                if index >= 0:
+                    samples[name].append(elapsed)
+                    spent += elapsed
+            if on_round is not None:
+                on_round()
+    except KeyboardInterrupt:
+        if whole := min(map(len, samples.values())):
+            raise Stopped(_timings(samples, whole)) from None
+        raise
+    return _timings(samples)
+
+
+def _timings(samples: dict[str, list[float]], rounds: int | None = None) -> dict[str, Timing]:
+    return {name: Timing(tuple(values[:rounds])) for name, values in samples.items()}
 
 
 def ratios(timings: dict[str, Timing], baseline: str) -> dict[str, float]:

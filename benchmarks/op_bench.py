@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import ClassVar
 
@@ -147,18 +147,18 @@ def run_case(
     """
     outcome, calls, peaks = Outcome(case), {}, {}
     torch.compiler.reset()  # or the compiler takes the shapes of one case after another for dynamic ones
-    with products_in(case.dtype), _prepared():
+    with products_in(case.dtype), at_its_best():
         try:
-            inputs = _input_sets(case, device)
-            known = _truth(case, inputs[0])
+            inputs = input_sets(case, device)
+            known = truth(case, inputs[0])
         except torch.OutOfMemoryError as error:
             outcome.absent = dict.fromkeys(providers, in_words(error))
             return outcome
         for name, prepare in providers.items():
             try:
                 prepared = [prepare(case, given) for given in inputs]
-                outcome.checks[name] = _checks(case, prepared[0](), *known)
-                peaks[name] = _peak_mb(prepared[0], device)
+                outcome.checks[name] = checks(case, prepared[0](), *known)
+                peaks[name] = peak_mb(prepared[0], device)
             except Exception as error:  # each library raises its own for what it cannot run
                 outcome.absent[name] = in_words(error)
                 outcome.checks.pop(name, None)
@@ -169,8 +169,8 @@ def run_case(
         baseline = next(iter(timings), None)
         outcome.speedups = ratios(timings, baseline) if baseline == next(iter(providers)) else {}
         outcome.rows = [
-            _row(case, name, timings.get(name), checks, peaks[name], device, here)
-            for name, checks in outcome.checks.items()
+            _row(case, name, timings.get(name), found, peaks[name], device, here)
+            for name, found in outcome.checks.items()
             if name not in outcome.absent
         ]
     return outcome
@@ -185,7 +185,7 @@ def in_words(error: BaseException) -> str:
 
 
 @contextmanager
-def _prepared() -> Iterator[None]:
+def at_its_best() -> Iterator[None]:
     """torch at its best, compiled backwards that may run many times, and nothing said of what cannot run."""
     logging.disable(logging.WARNING)
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
@@ -197,7 +197,7 @@ def _prepared() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
+def input_sets(case: Case, device: torch.device) -> list[Inputs]:
     """Several, so that the cache is not what is measured, within a bound of memory."""
     first = case.inputs(0, device)
     size = sum(tensor.nbytes for tensor in first.values())
@@ -205,7 +205,7 @@ def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
     return [first, *(case.inputs(seed, device) for seed in range(1, count))]
 
 
-def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results, list[Results]]:
+def truth(case: Case, inputs: Inputs) -> tuple[Results, Results, list[Results]]:
     """Of the sample that is judged: float64, its size without cancellation, and torch's own in the dtype.
 
     torch's own by each of its GEMM libraries on the device.
@@ -221,7 +221,7 @@ def _truth(case: Case, inputs: Inputs) -> tuple[Results, Results, list[Results]]
     return reference(case, exact)(), case.uncancelled(**exact), torchs
 
 
-def _checks(
+def checks(
     case: Case, results: Results, exact: Results, uncancelled: Results, own: list[Results]
 ) -> list[Check]:
     found, truth, sizes = (case.parts(values) for values in (case.sampled(results), exact, uncancelled))
@@ -233,7 +233,7 @@ def _checks(
     ]
 
 
-def _peak_mb(call: Callable[[], Results], device: torch.device) -> float | None:
+def peak_mb(call: Callable[[], Results], device: torch.device) -> float | None:
     """The most memory that a call held beside its inputs, in 10^6 bytes; a CPU's allocator does not count."""
     if device.type != "cuda":
         return None
@@ -277,8 +277,7 @@ def _row(
         "error_ratio": max(errors) if errors and all(map(math.isfinite, errors)) else None,
     }
     if timing is None:
-        row = Row.of(Timing((math.nan,)), here, ok=False, **facts)
-        return replace(row, ms_p20=None, ms_p50=None, ms_p80=None)
+        return Row.of(None, here, ok=False, **facts)
     rates = {"flops": case.flops, "bytes_moved": case.bytes_moved}
     peaks = {"peak_tflops": peak_tflops(device, case.dtype), "peak_gbps": peak_gbps(device)}
     return Row.of(timing, here, ok=True, **facts, **rates, **peaks)

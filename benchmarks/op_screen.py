@@ -1,92 +1,68 @@
-"""A benchmark's command line, and what it shows: a table for each case as it comes, and how far it is."""
+"""Cases of ops as they are measured: a table for each as it comes, and how far it is."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .harness import Row, machine, save
+from . import roofline
+from .harness import Row, machine
 from .op_bench import Case, Outcome, Provider, run_case
-from .roofline import DTYPES, peak_gbps
+from .outputs import Outputs
 
 Cases = Callable[[torch.device, bool, tuple[str, ...]], Iterable[Case]]
 # The providers of a case, and those that are left out on this device, with the reason.
 Providers = Callable[[Case, torch.device], tuple[dict[str, Provider], dict[str, str]]]
 
-INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
-
-
-def command(cases: Cases, providers: Providers) -> None:
-    """Run as a program."""
-
-    def bench(
-        device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
-        dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}; repeatable.")] = None,
-        filter: Annotated[str, typer.Option(help="Words that a case's title must all hold.")] = "",
-        quick: Annotated[bool, typer.Option("--quick", help="A handful of cases.")] = False,
-        rounds: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 20,
-        json: Annotated[Path | None, typer.Option(help="Where to keep the rows.")] = None,
-    ) -> None:
-        if unknown := set(dtype or ()) - DTYPES.keys():
-            raise typer.BadParameter(f"unknown dtype {min(unknown)}; the dtypes are {', '.join(DTYPES)}")
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = tuple(dtype or (DTYPES if place.type == "cuda" else ("float32", "bfloat16")))
-        wanted = [
-            case
-            for case in cases(place, quick, chosen)
-            if all(word in case.title.split() for word in filter.split())
-        ]
-        raise typer.Exit(run(wanted, providers, place, Console(), rounds=rounds, path=json))
-
-    typer.run(bench)
-
 
 def run(
-    cases: list[Case],
-    providers: Providers,
+    cases: list[tuple[Case, Providers]],
     device: torch.device,
     console: Console,
+    outputs: Outputs,
     *,
     rounds: int = 20,
     seconds: float = 0.1,
-    path: Path | None = None,
 ) -> int:
     """Run the cases, show each and keep its rows as it comes; Ctrl-C loses only the one under way.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C. A wrong provider is shown and counted.
+        The exit status, as ``Outputs.finish`` has it. A wrong provider is shown and counted.
     """
-    here, rows = machine(), []
+    here = machine()
     console.print(f"{escape(here.name)}, torch {here.torch}, Triton {here.triton}: {len(cases)} cases")
-    said, status = set(), 0
+    said: set[str] = set()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(cases))
+        task = progress.add_task("the machine's own limits", total=len(cases))
         try:
-            console.print(f"copy {peak_gbps(device):.0f} GB/s, the roofline of bytes")
-            for case in cases:
+            roofs = roofline.rows(device, tuple(dict.fromkeys(case.dtype for case, _ in cases)))
+            outputs.keep(roofs)
+            console.print(limits(roofs))
+            for case, providers in cases:
                 progress.update(task, description=escape(case.title))
                 offered, left_out = providers(case, device)
                 for name in left_out.keys() - said:
                     console.print(f"{name}: left out: {escape(left_out[name])}", style="dim")
                 said |= left_out.keys()
                 outcome = run_case(case, offered, device, here, rounds=rounds, seconds=seconds)
-                rows += outcome.rows
-                if path is not None:
-                    save(rows, path)
+                outputs.keep(outcome.rows)
                 console.print(table(outcome))
                 progress.advance(task)
         except KeyboardInterrupt:
-            status = INTERRUPTED
-    console.print(_summary(rows, path, stopped=bool(status)))
-    return status
+            progress.stop()
+            return outputs.finish(console, stopped=True)
+    return outputs.finish(console)
+
+
+def limits(roofs: list[Row]) -> str:
+    """The machine's own roofline in a line."""
+    products = (f"{row.dtype} {row.tflops:.3g} TFLOP/s" for row in roofs if row.op == "matmul")
+    return f"roofline: copy {roofs[0].gbps:.0f} GB/s, products {', '.join(products)}"
 
 
 def table(outcome: Outcome) -> Group:
@@ -120,10 +96,3 @@ def _numbers(row: Row, speedup: float | None) -> list[str]:
         (row.error_ratio, "{:.2f}"),
     )
     return ["-" if value is None else form.format(value) for value, form in cells]
-
-
-def _summary(rows: list[Row], path: Path | None, *, stopped: bool) -> str:
-    wrong = sum(not row.ok for row in rows)
-    text = f"{len(rows)} rows, {wrong} wrong" + (f"; kept in {path}" if path is not None and rows else "")
-    text = f"stopped: {text}" if stopped else text
-    return f"[red]{escape(text)}[/red]" if wrong else escape(text)

@@ -9,20 +9,26 @@ from typing import Literal, Self
 from .machine import Machine
 from .timing import Timing
 
+Direction = Literal["fwd", "bwd", "step"]
+
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's number with all it needs to be believed; what was not measured is None."""
+    """One provider's number with all it needs to be believed; what was not measured is None.
+
+    A wrong provider (``ok`` is False) has no time. Rows of the op "copy" and "matmul" are the machine's own
+    roofline in the same run.
+    """
 
     op: str
     provider: str
-    direction: Literal["fwd", "bwd", "step"]
+    direction: Direction
     dtype: str
     shape: tuple[int, ...]
     batch: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
+    ms_p20: float | None
+    ms_p50: float | None
+    ms_p80: float | None
     tflops: float | None
     gbps: float | None
     roofline_pct: float | None
@@ -35,11 +41,23 @@ class Row:
     triton: str | None
     commit: str | None
     date: str
+    cpu: str | None = None
+    threads: int | None = None
+
+    @property
+    def call(self) -> tuple:
+        """What was called, whoever provided it."""
+        return self.op, self.direction, self.dtype, self.shape, self.batch
+
+    @property
+    def machine(self) -> str:
+        """The GPU, else the CPU and how many of its threads."""
+        return self.gpu or f"{self.cpu}, {self.threads} threads"
 
     @classmethod
     def of(
         cls,
-        timing: Timing,
+        timing: Timing | None,
         machine: Machine,
         *,
         op: str,
@@ -48,7 +66,7 @@ class Row:
         shape: Iterable[int],
         batch: int,
         ok: bool,
-        direction: Literal["fwd", "bwd", "step"] = "fwd",
+        direction: Direction = "fwd",
         flops: float | None = None,
         bytes_moved: float | None = None,
         peak_tflops: float | None = None,
@@ -56,7 +74,7 @@ class Row:
         peak_mb: float | None = None,
         error_ratio: float | None = None,
     ) -> Self:
-        """A row from a timing.
+        """A row from a timing, or without one.
 
         Args:
             flops, bytes_moved: of one call.
@@ -64,8 +82,8 @@ class Row:
             peak_mb: the most memory the call held.
             error_ratio: its error against the oracle over that of torch's own op.
         """
-        tflops = flops / timing.p50 / 1e9 if flops is not None else None
-        gbps = bytes_moved / timing.p50 / 1e6 if bytes_moved is not None else None
+        tflops = flops / timing.p50 / 1e9 if timing and flops is not None else None
+        gbps = bytes_moved / timing.p50 / 1e6 if timing and bytes_moved is not None else None
         shares = [got / peak for got, peak in ((tflops, peak_tflops), (gbps, peak_gbps)) if got and peak]
         return cls(
             op=op,
@@ -74,9 +92,9 @@ class Row:
             dtype=dtype,
             shape=tuple(shape),
             batch=batch,
-            ms_p20=timing.p20,
-            ms_p50=timing.p50,
-            ms_p80=timing.p80,
+            ms_p20=timing and timing.p20,
+            ms_p50=timing and timing.p50,
+            ms_p80=timing and timing.p80,
             tflops=tflops,
             gbps=gbps,
             roofline_pct=100 * max(shares) if shares else None,
@@ -89,6 +107,8 @@ class Row:
             triton=machine.triton,
             commit=machine.commit,
             date=machine.date,
+            cpu=None if machine.gpu else machine.cpu,
+            threads=None if machine.gpu else machine.threads,
         )
 
 
@@ -96,13 +116,23 @@ def save(rows: Iterable[Row], path: str | Path) -> None:
     """Write the rows as one JSON list, one row a line so that a diff reads well."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    Path(path).write_text(f"[\n{lines}\n]\n")
+    partial = Path(f"{path}.part")
+    partial.write_text(f"[\n{lines}\n]\n" if lines else "[]\n")
+    partial.replace(path)  # whoever ends the program now leaves a whole file
 
 
 def load(path: str | Path) -> list[Row]:
     """The rows of a file that `save` wrote."""
     names = {field.name for field in fields(Row)}
-    rows = json.loads(Path(path).read_text())
+    try:
+        rows = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of benchmark rows: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a file of benchmark rows, which is a list")
     if unknown := {key for row in rows for key in row} - names:
         raise ValueError(f"{path} has fields that rows do not: {', '.join(sorted(unknown))}")
-    return [Row(**row | {"shape": tuple(row["shape"])}) for row in rows]
+    try:
+        return [Row(**row | {"shape": tuple(row["shape"])}) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a row that is not whole: {error}") from None

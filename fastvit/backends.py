@@ -178,8 +178,11 @@ def kernels_for(device: str) -> dict[str, str]:
 
 
 def served() -> int:
-    """How many calls have been resolved to a kernel so far, in this process."""
-    return _served[0]
+    """How many calls have been resolved to a kernel so far, in this process.
+
+    A compiler would take the count for a condition, and compile again after each call of another model.
+    """
+    return 0 if torch.compiler.is_compiling() else _served[0]
 
 
 def is_automatic() -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import bench_cli
 from .errors import FastvitError
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_cli.app, name="bench")
 
 
 class Dtype(StrEnum):

@@ -12,7 +12,7 @@ from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, type
 from .accelerate.example import Inputs, as_call, example_input
 from .accelerate.registry import load_families
 from .backends import use_backend
-from .fake_run import run_without_data
+from .fake_run import count_flops, run_without_data
 from .gpus import assume_arch
 from .recording import Recorder, recording
 
@@ -132,11 +132,8 @@ def _order(model: nn.Module):
 
 def _flops(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
     """FLOPs by the names of modules, behind the model's class, and of all as "Global"."""
-    from torch.utils.flop_counter import FlopCounterMode  # with a compiler behind it
-
-    with use_backend("reference"), FlopCounterMode(display=False) as counter:
-        run_without_data(model, args, kwargs, None, gradients=False)
-    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    with use_backend("reference"):
+        return count_flops(model, args, kwargs)
 
 
 @contextmanager

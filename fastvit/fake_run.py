@@ -37,3 +37,14 @@ def _fake(value: Any, mode: Any, device: str | None, gradients: bool) -> Any:
         place = device or value.device
         fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=place)
         return fake.requires_grad_(gradients and value.requires_grad)
+
+
+def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, int]:
+    """FLOPs of one forward pass by the names of modules, behind the model's class, and of all as "Global"."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode  # with a compiler behind it
+
+    # Attention as products: of a CPU's fused one the counter knows nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run_without_data(model, args, kwargs, None, gradients=False)
+    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

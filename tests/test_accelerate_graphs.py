@@ -48,6 +48,19 @@ def test_export_with_a_dynamic_batch(both, backend):
         assert targets.count("layer_norm_mlp_fwd") == 2
 
 
+def test_other_models_calls_compile_nothing_anew(both):
+    torch._dynamo.reset()
+    fast, other = both[1], pair()[1]
+    with torch.no_grad():
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        compiled(X)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for backend in ("cpp", "reference", "auto"):
+                with fastvit.use_backend(backend):
+                    other(X)
+                compiled(X)
+
+
 @pytest.mark.parametrize("backend", ["auto", "cpp"])
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_compile_is_one_graph_for_all_batches(both, backend, mode):

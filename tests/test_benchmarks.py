@@ -7,14 +7,18 @@ from dataclasses import fields
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
-from fastvit_benchmarks import bench_attention, bench_patch_embed, op_bench, op_screen, roofline
+from fastvit.cli import app
+from fastvit_benchmarks import bench_attention, bench_ops, bench_patch_embed, op_bench, op_screen, roofline
 from fastvit_benchmarks.bench_attention import Attention
 from fastvit_benchmarks.bench_patch_embed import PatchEmbed
-from fastvit_benchmarks.harness import Row, load
+from fastvit_benchmarks.harness import Row, load, measure
 from fastvit_benchmarks.op_bench import DIRECTIONS, differentiated
+from fastvit_benchmarks.outputs import INTERRUPTED, Outputs
 
 CPU = torch.device("cpu")
+PROVIDERS = {Attention: bench_attention.providers, PatchEmbed: bench_patch_embed.providers}
 TINY = {
     "attention": lambda direction="fwd": Attention(direction, "float32", 3, 5, 2, 4),
     "patch_embed": lambda direction="fwd": PatchEmbed(direction, "float32", 2, 4, 8, side=8),
@@ -23,17 +27,19 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def _no_time_to_lose(monkeypatch):
-    """The roofline is measured elsewhere, and torch.compile takes seconds a case."""
-    monkeypatch.setattr(op_bench, "peak_gbps", lambda device: 100.0)
-    monkeypatch.setattr(op_bench, "peak_tflops", lambda device, dtype: 2.0)
-    monkeypatch.setattr(op_screen, "peak_gbps", lambda device: 100.0)
+def _small_roofline(monkeypatch):
+    monkeypatch.setitem(roofline.COPIED, "cpu", 1 << 20)
+    monkeypatch.setitem(roofline.PRODUCT, "cpu", (64, 64, 64))
+    for kept in (roofline._copy, roofline._product):
+        kept.cache_clear()
+    yield
+    for kept in (roofline._copy, roofline._product):
+        kept.cache_clear()
 
 
 def eager(case, device):
     """The benchmarks' own providers but the compiled ones."""
-    module = bench_attention if case.op == "attention" else bench_patch_embed
-    given, absent = module.providers(case, device)
+    given, absent = PROVIDERS[type(case)](case, device)
     return {name: provider for name, provider in given.items() if name != "compiled"}, absent
 
 
@@ -49,17 +55,21 @@ def off_by(factor):
 
 
 def run(cases, providers=eager, path=None):
-    console = Console(file=io.StringIO(), width=200)
-    status = op_screen.run(cases, providers, CPU, console, rounds=2, seconds=0.0, path=path)
-    return status, console.file.getvalue()
+    """The status, what was shown, and the rows of what was measured."""
+    console, outputs = Console(file=io.StringIO(), width=200), Outputs(json=path)
+    pairs = [(case, providers) for case in cases]
+    status = op_screen.run(pairs, CPU, console, outputs, rounds=2, seconds=0.0)
+    return status, console.file.getvalue(), [row for row in outputs.rows if row.op not in ("copy", "matmul")]
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_every_row_says_all_that_it_must(kind, tmp_path):
     path = tmp_path / "rows.json"
     cases = [TINY[kind](direction) for direction in DIRECTIONS]
-    status, shown = run(cases, path=path)
-    rows = load(path)
+    status, shown, rows = run(cases, path=path)
+    roofs = load(path)[: -len(rows)]
+    assert load(path)[len(roofs) :] == rows
+    assert [(row.op, row.dtype) for row in roofs] == [("copy", "uint8"), ("matmul", "float32")]
     names = set(eager(cases[0], CPU)[0])
     assert status == 0
     assert "0 wrong" in shown
@@ -76,6 +86,7 @@ def test_every_row_says_all_that_it_must(kind, tmp_path):
             cases[0].batch,
         )
         assert row.torch == torch.__version__
+        assert row.threads == torch.get_num_threads()
     assert list(json.loads(path.read_text())[0]) == [field.name for field in fields(Row)]
 
 
@@ -103,10 +114,9 @@ def test_work_of_patch_embed_is_counted():
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_wrong_provider_is_shown_without_a_time(kind, direction, tmp_path):
-    path = tmp_path / "rows.json"
-    status, shown = run([TINY[kind](direction)], off_by(1.001), path)
-    (wrong,) = [row for row in load(path) if row.provider == "wrong"]
+def test_a_wrong_provider_is_shown_without_a_time(kind, direction):
+    status, shown, rows = run([TINY[kind](direction)], off_by(1.001))
+    (wrong,) = [row for row in rows if row.provider == "wrong"]
     assert status == 0
     assert "WRONG" in shown
     assert "1 wrong" in shown
@@ -115,22 +125,21 @@ def test_a_wrong_provider_is_shown_without_a_time(kind, direction, tmp_path):
     assert {wrong.ms_p20, wrong.ms_p50, wrong.ms_p80, wrong.tflops, wrong.gbps, wrong.roofline_pct} == {None}
 
 
-def test_what_cannot_run_is_absent_with_its_reason(tmp_path):
+def test_what_cannot_run_is_absent_with_its_reason():
     def providers(case, device):
         def refuse(case, inputs):
             raise RuntimeError("no kernel\nfor this")
 
         return eager(case, device)[0] | {"refuses": refuse}, {}
 
-    path = tmp_path / "rows.json"
-    status, shown = run([TINY["attention"]()], providers, path)
+    status, shown, rows = run([TINY["attention"]()], providers)
     assert status == 0
     assert "refuses: not run: no kernel\n" in shown
-    assert "refuses" not in {row.provider for row in load(path)}
+    assert "refuses" not in {row.provider for row in rows}
 
 
 def test_triton_is_left_out_on_a_cpu_and_said_once():
-    _, shown = run([TINY["attention"](), TINY["attention"]("bwd")])
+    _, shown, _ = run([TINY["attention"](), TINY["attention"]("bwd")])
     assert shown.count("fastvit triton: left out: Triton needs a CUDA GPU") == 1
 
 
@@ -141,10 +150,11 @@ def test_control_c_keeps_what_was_measured(tmp_path):
         return eager(case, device)
 
     path = tmp_path / "rows.json"
-    status, shown = run([TINY["attention"](direction) for direction in DIRECTIONS], providers, path)
-    assert status == op_screen.INTERRUPTED
+    status, shown, rows = run([TINY["attention"](direction) for direction in DIRECTIONS], providers, path)
+    assert status == INTERRUPTED
     assert "stopped: " in shown
-    assert {row.direction for row in load(path)} == {"fwd"}
+    assert {row.direction for row in rows} == {"fwd"}
+    assert load(path)[-len(rows) :] == rows
 
 
 def test_a_large_batch_is_judged_by_its_first_and_last_image():
@@ -181,25 +191,54 @@ def test_quick_is_a_handful(module, device):
     assert len({case.title for case in everything}) == len(everything)
 
 
+def test_a_deliberately_slow_kernel_shows():
+    """Which takes thrice the time, by a clock of the test's own."""
+    now = [0.0]
+
+    def takes(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    timings = measure({"eager": takes(1), "slow": takes(3)}, rounds=3, clock=lambda: now[0])
+    assert op_bench.ratios(timings, "eager")["slow"] == pytest.approx(1 / 3)
+
+
 def test_command_line(monkeypatch, tmp_path):
-    path = tmp_path / "rows.json"
+    path, table = tmp_path / "new" / "rows.json", tmp_path / "rows.csv"
+    monkeypatch.setattr(
+        bench_attention, "cases", lambda *chosen: [TINY["attention"](direction) for direction in DIRECTIONS]
+    )
+    monkeypatch.setattr(bench_attention, "providers", eager)
 
     def main(*arguments):
-        monkeypatch.setattr("sys.argv", ["bench", "--rounds", "1", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            op_screen.command(
-                lambda *chosen: [TINY["attention"](direction) for direction in DIRECTIONS], eager
-            )
-        return exit.value.code
+        how = ("bench", "ops", "--rounds", "1", "--device", "cpu", *arguments)
+        return CliRunner().invoke(app, how)
 
-    assert main("--device", "cpu", "--filter", "fwd float32", "--json", str(path)) == 0
-    assert {row.direction for row in load(path)} == {"fwd"}
-    assert main("--dtype", "int8") == 2
+    kept = ("--json", str(path), "--csv", str(table))
+    done = main("attention", "--filter", "fwd float32", *kept)
+    assert done.exit_code == 0, done.output
+    assert {row.direction for row in load(path) if row.op == "attention"} == {"fwd"}
+    assert len(table.read_text().splitlines()) == 1 + len(load(path))
+    for wrong, said in (
+        (("--dtype", "int8"), "unknown dtype 'int8'; the dtypes are bfloat16, float16, float32, tf32"),
+        (("gelu",), "unknown op 'gelu'; the ops are patch_embed, layer_norm_linear, attention"),
+        (("attention", "--filter", "nothing"), "no case's title has all of the words 'nothing'"),
+        (("--fail-if-slower", "5%"), "--fail-if-slower needs --baseline FILE"),
+    ):
+        assert said in str(main(*wrong).exception)
 
 
-def test_roofline_is_measured(monkeypatch):
-    monkeypatch.setitem(roofline.SIZES, "cpu", (1 << 20, 64))
+def test_every_op_has_cases_and_providers_here():
+    for case, providers in bench_ops.cases([], CPU, ["float32"], "", quick=True):
+        offered, left_out = providers(case, CPU)
+        assert next(iter(offered)) in ("eager", "sdpa")
+        assert not offered.keys() & left_out.keys()
+
+
+def test_roofline_is_measured():
     before = torch.backends.cuda.matmul.allow_tf32
-    assert roofline.peak_gbps.__wrapped__(CPU) > 0
-    assert roofline.peak_tflops.__wrapped__(CPU, "tf32") > 0
+    assert roofline.peak_gbps(CPU) > 0
+    assert roofline.peak_tflops(CPU, "tf32") > 0
     assert torch.backends.cuda.matmul.allow_tf32 == before

@@ -1,0 +1,138 @@
+"""`fastvit bench`: the benchmarks' command line. What it runs is in fastvit_benchmarks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Time ops and models beside torch and other engines, each judged first.", no_args_is_help=True
+)
+
+Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: a GPU if there is one.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds, in each of which every provider runs once.")]
+Names = Annotated[list[str], typer.Argument(help="Models of timm.")]
+Batches = Annotated[
+    list[str] | None, typer.Option("--batch-size", help="Images at a time: a number, or several.")
+]
+Dtypes = Annotated[list[str] | None, typer.Option(help="float32, tf32, bfloat16, float16; repeatable.")]
+Tuned = Annotated[bool, typer.Option("--max-autotune", help="Time that mode of torch.compile too (minutes).")]
+Json = Annotated[Path | None, typer.Option(help="Keep the rows here, as they come.")]
+Csv = Annotated[Path | None, typer.Option(help="Keep a table here; of models, with timm's column names.")]
+Png = Annotated[Path | None, typer.Option(help="Draw bars and the roofline here.")]
+Baseline = Annotated[Path | None, typer.Option(help="Compare with the rows that --json kept of another run.")]
+Slower = Annotated[
+    str | None, typer.Option(help="End with status 1 if one of ours is slower than the baseline by this: 5%.")
+]
+
+
+@app.command()
+def ops(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Of the five ops; all of them by default.")
+    ] = None,
+    dtype: Dtypes = None,
+    filter: Annotated[str, typer.Option(help="Words that a case's title must all have.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A handful of cases of each op.")] = False,
+    device: Device = None,
+    rounds: Rounds = 20,
+    json: Json = None,
+    csv: Csv = None,
+    png: Png = None,
+    baseline: Baseline = None,
+    fail_if_slower: Slower = None,
+) -> None:
+    """Time the kernels beside torch's own ops, torch.compile and other libraries."""
+    from fastvit_benchmarks.commands import bench_ops_command, outputs
+
+    from .commands import pick_device
+
+    kept = outputs(baseline, fail_if_slower, json=json, csv=csv, png=png)
+    how = (names or [], dtype or [], filter, quick, rounds, kept)
+    raise typer.Exit(bench_ops_command(_console(), pick_device(device), *how))
+
+
+@app.command()
+def model(
+    names: Names,
+    batch_size: Batches = None,
+    dtype: Dtypes = None,
+    device: Device = None,
+    rounds: Rounds = 11,
+    max_autotune: Tuned = False,
+    json: Json = None,
+    csv: Csv = None,
+    png: Png = None,
+    baseline: Baseline = None,
+    fail_if_slower: Slower = None,
+) -> None:
+    """Time whole models at inference: timm eager, torch.compile, and fastvit by backend."""
+    kept = (baseline, fail_if_slower, json, csv, png)
+    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune)
+
+
+@app.command()
+def compare(
+    names: Names,
+    batch_size: Batches = None,
+    dtype: Dtypes = None,
+    device: Device = None,
+    rounds: Rounds = 11,
+    max_autotune: Tuned = False,
+    json: Json = None,
+    csv: Csv = None,
+    png: Png = None,
+    baseline: Baseline = None,
+    fail_if_slower: Slower = None,
+) -> None:
+    """The same beside every other engine that is installed: ONNX Runtime, OpenVINO, TensorRT."""
+    kept = (baseline, fail_if_slower, json, csv, png)
+    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune, engines=True)
+
+
+@app.command()
+def train(
+    names: Names,
+    batch_size: Batches = None,
+    dtype: Dtypes = None,
+    device: Device = None,
+    rounds: Rounds = 7,
+    max_autotune: Tuned = False,
+    json: Json = None,
+    csv: Csv = None,
+    png: Png = None,
+    baseline: Baseline = None,
+    fail_if_slower: Slower = None,
+) -> None:
+    """Time a training step: forward, backward, and the whole with AdamW."""
+    kept = (baseline, fail_if_slower, json, csv, png)
+    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune, training=True)
+
+
+def _models(names, batch_size, dtype, device, rounds, baseline, slower, json, csv, png, **which) -> None:
+    from fastvit_benchmarks.commands import bench_models_command, outputs
+
+    from .commands import pick_device
+
+    names, sizes = _parted(names, batch_size or [])
+    kept = outputs(baseline, slower, json=json, csv=csv, png=png)
+    place = pick_device(device)
+    sizes, dtypes = sizes or [1, 8], dtype or ["float32" if place.type == "cpu" else "bfloat16"]
+    raise typer.Exit(bench_models_command(_console(), place, names, sizes, dtypes, rounds, kept, **which))
+
+
+def _parted(names: list[str], sizes: list[str]) -> tuple[list[str], list[int]]:
+    """Models and numbers, as `--batch-size 1 8` leaves its second number among the names."""
+    numbers = [*sizes, *(name for name in names if name.isdecimal())]
+    if wrong := [number for number in numbers if not number.isdecimal() or int(number) < 1]:
+        raise typer.BadParameter(f"{wrong[0]!r} is no batch size")
+    models = [name for name in names if not name.isdecimal()]
+    if not models:
+        raise typer.BadParameter("name a model of timm")
+    return models, sorted(set(map(int, numbers)))
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
