@@ -16,7 +16,7 @@ STAMP := .venv/.stamp
 OLD_TRITON := 3.6.0
 OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
 
-.PHONY: setup demo test test-gpu bench lint aot asan coverage cuda wheel
+.PHONY: setup demo test test-gpu gpu bench report lint aot asan coverage cuda wheel
 
 setup: $(STAMP)
 
@@ -46,14 +46,26 @@ GPU_WORKERS ?= 4
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs --need-gpu -n $(GPU_WORKERS)
 
-# BENCH="--quick", say, or "--filter 'fwd bfloat16'"; --help lists the rest.
+# Tests, tunes and measures on the GPU here, in stages, going on where the last run ended; FRESH=1 begins anew,
+# STAGES="parity ops" runs these alone, LIMIT is seconds. The library is built by the first stage, with CUTLASS.
+STAGES ?=
+LIMIT ?= 1200
+FRESH ?=
+gpu:
+	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { \
+		echo "make gpu: nvidia-smi lists no GPU here: run it on a machine that has one" >&2; exit 1; }
+	@$(MAKE) --no-print-directory FASTVIT_CUDA=0 $(STAMP)
+	@$(PIP) install --quiet --no-deps nvidia-cutlass==$(CUTLASS) || true
+	@$(BIN)/python -m fastvit_benchmarks.gpu $(STAGES) --limit $(LIMIT) $(if $(FRESH),--fresh)
+
+# BENCH="attention --quick", say; `fastvit bench ops --help` lists the rest.
 BENCH ?=
 bench: $(STAMP)
-	$(BIN)/python -m fastvit_benchmarks.bench_attention $(BENCH)
-	$(BIN)/python -m fastvit_benchmarks.bench_patch_embed $(BENCH)
-	$(BIN)/python -m fastvit_benchmarks.bench_layer_norm_linear $(BENCH)
-	$(BIN)/python -m fastvit_benchmarks.bench_linear_residual $(BENCH)
-	$(BIN)/python -m fastvit_benchmarks.bench_layer_norm_mlp $(BENCH)
+	$(BIN)/fastvit bench ops $(BENCH)
+
+# docs/benchmarks.md and its pictures, from the rows under benchmarks/results/.
+report: $(STAMP)
+	$(BIN)/python -m fastvit_benchmarks.report docs/benchmarks.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,10 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .regression import OURS
-from .rows import Row
+from .rows import OURS, ROOFS, Row
 
-ROOFS = ("copy", "matmul")
 BAR, MARGIN = 0.26, 1.3  # inches
 MARKERS = "osD^vP*X"
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from .machine import Machine
-from .rows import Row
-
-OURS = "fastvit"
+from .rows import OURS, Row
 
 
 @dataclass(frozen=True)

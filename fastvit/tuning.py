@@ -102,7 +102,7 @@ def tune(
     Raises:
         ValueError: for a model without a block that fastvit knows, or of unknown image size without ``x``.
     """
-    from fastvit_benchmarks import tune as measuring
+    from fastvit_benchmarks.tables import tune as measuring
 
     if not blocks_of(model):
         raise ValueError(f"{type(model).__name__} has no block of a vision transformer: nothing to tune")

@@ -13,6 +13,8 @@ the CPU's interpreter, take ``safe.json``.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,12 +53,30 @@ def tile(kernel: str, arch: str, dtype: str, **sizes: int) -> Tile:
     Raises:
         LookupError: if no entry fits.
     """
-    for entry in table(arch)[kernel]:
+    return _tile(table(arch)[kernel][place(kernel, arch, dtype, **sizes)])
+
+
+def place(kernel: str, arch: str, dtype: str, **sizes: int) -> int:
+    """Where in the kernel's list the first entry is that fits. Arguments and errors are ``tile``'s."""
+    for index, entry in enumerate(table(arch)[kernel]):
         if entry.get("dtype", dtype) == dtype and all(
             size <= entry.get(name, size) for name, size in sizes.items()
         ):
-            return _tile(entry)
+            return index
     raise LookupError(f"no tile for {kernel} on {arch} in {dtype} with {sizes}")
+
+
+@contextmanager
+def overriding(kernel: str, arch: str, index: int, entry: dict[str, Any]) -> Iterator[None]:
+    """For whoever measures tiles: inside the ``with`` block this entry stands at that place of the table."""
+    rows = table(arch)[kernel]
+    before, rows[index] = rows[index], entry
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        rows[index] = before
+        tile.cache_clear()
 
 
 @cache

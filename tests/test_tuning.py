@@ -10,8 +10,8 @@ from native_calls import needs_library
 import fastvit
 from fastvit import measurements, tuning
 from fastvit.native_backend import machine_name
-from fastvit_benchmarks import tune as measuring
 from fastvit_benchmarks.recorded import Recorded
+from fastvit_benchmarks.tables import tune as measuring
 
 X = images(batch=4)
 

@@ -1,19 +1,16 @@
 """Which calls the C++ library serves no slower than torch on this CPU: the table that `auto` goes by.
 
-    python -m fastvit_benchmarks.measure_cpu kernels/measured/cpu.json
+    python -m fastvit_benchmarks.tables.measure_cpu kernels/measured/cpu.json
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. A table's row holds for all sizes between two
-widths that were measured, and its ratio is the smallest of them; sizes are left out from the fewest tokens up
-until no slower one is left.
+tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +22,10 @@ from torch import Tensor
 
 from fastvit import native_backend, reference
 
-from . import halves
-from .harness import machine
-from .op_bench import differentiated, run_case
+from .. import files, halves
+from ..harness import machine
+from ..op_bench import differentiated, run_case
+from .measured_table import Point, table
 
 WIDTHS, ROWS = (192, 384, 768, 1024), (197, 1576)
 BESIDE = {
@@ -102,46 +100,12 @@ def measured(case: Variant, rounds: int) -> tuple[bool, float]:
     return right, ms["eager"] / (ms["cpp"] + HOST_MS) if ms.get("cpp") else 0.0
 
 
-def table(found: dict[Variant, tuple[bool, float]]) -> list[dict]:
-    """For each op, dtype, direction and what stands beside, a row between every two widths."""
-    groups: dict[tuple, dict[tuple[int, int], tuple[bool, float]]] = {}
-    for case, result in found.items():
-        key = (case.op, case.dtype, case.direction, case.beside)
-        groups.setdefault(key, {})[case.width, case.tokens] = result
-    rows = []
-    for key, results in groups.items():
-        for low, high in pairwise(WIDTHS):
-            between = {size: result for size, result in results.items() if low <= size[0] <= high}
-            if row := _row(key, (low, high), between):
-                rows.append(row)
-    return rows
-
-
-def _row(
-    key: tuple, widths: tuple[int, int], results: dict[tuple[int, int], tuple[bool, float]]
-) -> dict | None:
-    """From the fewest tokens on from which none is slower; None if there are none."""
-    slow = [tokens for (_, tokens), (_, ratio) in results.items() if ratio < RATIO]
-    first = min((tokens for _, tokens in results if not slow or tokens > max(slow)), default=None)
-    if first is None:
-        return None
-    used = [result for (_, tokens), result in results.items() if tokens >= first]
-    op, dtype, direction, beside = key
-    return {
-        "op": op,
-        "gpu": native_backend.machine_name("cpu"),
-        "dtype": dtype,
-        "direction": direction,
-        "options": beside,
-        "width": list(widths),
-        "rows": [first, None],
-        "ok": all(ok for ok, _ in used),
-        "ratio": round(min(ratio for _, ratio in used), 2),
-        "torch": torch.__version__,
-        "triton": "",
-        "date": date.today().isoformat(),
-        "commit": machine().commit,
-    }
+def points(found: dict[Variant, tuple[bool, float]]) -> list[Point]:
+    """What was measured, as a table is made of it."""
+    return [
+        Point(c.op, c.dtype, c.direction, c.beside, {"width": c.width, "rows": c.tokens}, ok, round(ratio, 2))
+        for c, (ok, ratio) in found.items()
+    ]
 
 
 def main(
@@ -153,8 +117,10 @@ def main(
         found[case] = measured(case, rounds)
         ok, ratio = found[case]
         console.print(f"{ratio:5.2f}x {'' if ok else 'WRONG '}{case.title} {case.beside}", highlight=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in table(found)) + "\n]\n")
+    notes = {"gpu": native_backend.machine_name("cpu"), "torch": torch.__version__, "triton": ""}
+    notes |= {"date": date.today().isoformat(), "commit": machine().commit}
+    rows = table(points(found), notes, least=RATIO)
+    files.write_rows(file, [row for row in rows if not row["ok"] or row["ratio"] >= RATIO])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from fastvit.backends import TABLE, Backend
 from fastvit.fake_run import run_without_data
 from fastvit.recording import recording
 
-from .harness import machine
-from .op_bench import differentiated, run_case
-from .recorded import Recorded
+from ..harness import machine
+from ..op_bench import differentiated, run_case
+from ..recorded import Recorded
 
 
 @dataclass(frozen=True)

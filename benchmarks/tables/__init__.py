@@ -1,0 +1,1 @@
+"""What `auto` goes by: kernels/measured/*.json, and the user's own table."""

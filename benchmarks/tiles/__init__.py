@@ -1,0 +1,1 @@
+"""The tile tuner: kernels/tiles/<arch>.json, measured."""

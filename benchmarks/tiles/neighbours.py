@@ -1,0 +1,70 @@
+"""The tiles near a tile: one or two of its numbers changed by a step, and none that cannot be."""
+
+import math
+from collections.abc import Iterator
+from itertools import chain, combinations
+from typing import Any
+
+Entry = dict[str, Any]
+
+WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4, 5)
+BLOCKS = (16, 32, 64, 128, 256)
+# The resident form covers a head's keys by three chunks of at most 128.
+RESIDENT_TOKENS = 384
+REGISTERS = 255  # of a thread
+MOST = 24
+
+
+def neighbours(kernel: str, entry: Entry, head_dim: int = 64) -> list[Entry]:
+    """Tiles that differ from the entry in one number, then in two, at most ``MOST``; the conditions stay."""
+    changes = [{name: value} for name, values in _steps(entry).items() for value in values]
+    pairs = [a | b for a, b in combinations(changes, 2) if a.keys() != b.keys()]
+    # Sizes and warps go together: pairs with a block and the warps come first.
+    pairs.sort(key=lambda pair: "num_warps" not in pair)
+    found = []
+    for change in chain(changes, pairs):
+        made = entry | change
+        if _can_be(kernel, made, head_dim) and made not in found and _differs(entry, change):
+            found.append(made)
+    return found[:MOST]
+
+
+def _steps(entry: Entry) -> dict[str, list[int]]:
+    known = {"num_warps": WARPS, "num_stages": STAGES}
+    known |= {name: BLOCKS for name in entry if name.isupper() and name != "RESIDENT"}
+    steps = {name: _beside(values, entry[name]) for name, values in known.items()}
+    if "RESIDENT" in entry:
+        steps["RESIDENT"] = [1 - entry["RESIDENT"]]
+    return steps
+
+
+def _beside(values: tuple[int, ...], value: int) -> list[int]:
+    return [v for v in values if v < value][-1:] + [v for v in values if v > value][:1]
+
+
+def _differs(entry: Entry, change: Entry) -> bool:
+    """The resident form has no BLOCK_N: its keys are there at once."""
+    return not ((entry | change).get("RESIDENT") == 1 and "BLOCK_N" in change)
+
+
+def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
+    if entry.get("RESIDENT") == 1 and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
+        return False
+    return max(_accumulators(kernel, entry, head_dim)) <= REGISTERS * 32 * entry["num_warps"]
+
+
+def _accumulators(kernel: str, entry: Entry, head_dim: int) -> Iterator[int]:
+    """The float32 numbers that a program holds at once, which is the least that it has registers for."""
+    if kernel == "attention_fwd":
+        keys = entry["tokens"] if entry["RESIDENT"] else entry["BLOCK_N"]
+        yield entry["BLOCK_M"] * (head_dim + keys)
+    elif kernel == "attention_bwd":
+        yield entry["KEYS_N"] * (2 * head_dim + entry["KEYS_M"])
+        yield entry["QUERIES_M"] * (head_dim + entry["QUERIES_N"])
+    else:
+        rows, columns = {
+            "patch_embed_fwd": ("BLOCK_M", "BLOCK_D"),
+            "patch_embed_dweight": ("BLOCK_D", "BLOCK_K"),
+            "patch_embed_dimages": ("BLOCK_M", "BLOCK_K"),
+        }[kernel]
+        yield entry[rows] * entry[columns]
