@@ -17,6 +17,7 @@ from .errors import (
     ParityError,
 )
 from .explanation import Explanation, explain
+from .graphed import graphed
 from .tuning import Tuning, tune
 from .variants import create_model, list_models
 from .verification import verify
@@ -38,6 +39,7 @@ __all__ = [
     "create_model",
     "explain",
     "fold_normalize",
+    "graphed",
     "list_models",
     "load_checkpoint",
     "ops",

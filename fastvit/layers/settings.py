@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import use_backend
+from ..ops.patch_embed import constant
 from ..reference.patch_embed import to_unit_range
 
 ATTRIBUTE = "_fastvit"
@@ -51,4 +52,4 @@ _OWN = Settings(fold=True)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    return constant(tuple(values), like.dtype, like.device)[:, None, None]

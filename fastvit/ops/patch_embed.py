@@ -99,16 +99,19 @@ def _per_channel(
         return None
     if not isinstance(value, Tensor):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        make = _constant.__wrapped__ if traced else _constant
-        value = make(tuple(value), wide, images.device)
+        value = constant(tuple(value), wide, images.device)
     checks.device("patch_embed", "images", images, name, value)
     checks.fit("patch_embed", name, value, (name, value, (images.shape[1],)))
     return value
 
 
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that is made once: a copy to a GPU waits for it, and cannot be captured in a graph."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return (_constant.__wrapped__ if traced else _constant)(values, dtype, device)
+
+
 @lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: a copy to a GPU waits for it, and cannot be captured in a graph."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,300 @@
+"""A model behind CUDA graphs: all its kernels are launched at once, not one by one from Python."""
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from . import backends, graph_buckets, measurements
+from .call_facts import tf32
+from .graph_buckets import PLAIN, Bucket, Place, Uncapturable, Watch
+
+# More kinds of calls than that are a sign of an argument that changes at every call.
+MOST_BUCKETS = 64
+# How often in a row all graphs may be dropped before one was of use.
+MOST_IN_VAIN = 8
+# Arguments that are part of a kind of call: compared by value, and nobody can edit them.
+_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
+# torch captures one graph at a time in a process.
+_capturing = threading.RLock()
+
+
+class graphed:
+    """A runner: ``runner(x)`` is ``model(x)`` in evaluation mode without gradients, bit for bit.
+
+    On a GPU a call whose batch is one of ``batch_sizes`` replays a CUDA graph, captured at the first of
+    them: one for each batch, image size, dtype, memory layout, autocast and choice of backends. Others
+    run the model, and ``explain`` says why: on a CPU, with gradients, in training, with hooks,
+    while traced, or where the model reads numbers back from the GPU, which is warned of too.
+
+    Weights edited in place are followed, and what was derived from them is derived anew (after an edit
+    through ``.data``, once fastvit.refresh is called). Where parameters, buffers or modules are replaced
+    or moved, graphs are captured again; until then the runner holds the memory of the old ones.
+
+    Calls are put on their streams one at a time, and graphs, which share memory, run one after the other
+    whatever streams they are on. Copies and pickles of a runner begin without graphs.
+
+    Args:
+        model: kept as ``model``. Its forward takes tensors with the batch as their first dimension, and
+            numbers, strings and the like, which are part of the kind of a call; it returns a pytree of
+            tensors, and does nothing else.
+        batch_sizes: at least one, all positive.
+        pad: fill a smaller batch up to the next size with zeros, and cut of the outputs each tensor with
+            that size as its first dimension. Products of another shape may round otherwise in last bits.
+        clone: return tensors of the caller's own. With False the next call overwrites them.
+
+    Raises:
+        TypeError: if the model is no nn.Module, or scripted.
+        ValueError: if ``batch_sizes`` is empty or holds anything but positive ints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_sizes: Iterable[int] = (1, 8),
+        *,
+        pad: bool = False,
+        clone: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"graphed: the model is a {type(model).__name__}; pass a torch.nn.Module")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise TypeError("graphed: a module of the model is scripted; pass it as it was before")
+        sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) else []
+        if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"graphed: batch_sizes must be positive ints, not {batch_sizes!r}")
+        self.model, self.pad, self.clone = model, pad, clone
+        self.batch_sizes = tuple(sorted(set(sizes)))
+        self._lock, self._gpus = threading.RLock(), {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every graph and whatever they hold, and try again what could not be captured."""
+        with self._lock:
+            self._buckets: dict[_Kind, Bucket] = {}
+            self._refused: dict[_Kind, str] = {}
+            self._watch: Watch | None = None
+            self._in_vain, self._why = 0, None
+            for gpu in self._gpus.values():
+                gpu.renew()
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """What the model returns."""
+        if not torch.compiler.is_compiling():
+            try:
+                call = _Call.of(args, kwargs)
+                self._check(call)
+                size = self._size(call.batch)
+                with self._lock:
+                    return self._replayed(call, size)
+            except _Eager as reason:
+                self._why = str(reason)
+        return self.model(*args, **kwargs)
+
+    def capture(self, *args, **kwargs) -> "graphed":
+        """Capture for every batch size, the largest first, whose memory others use; returns the runner.
+
+        Args:
+            args, kwargs: an example, of any batch. Where it would run eagerly nothing is captured.
+        """
+        try:
+            with torch.no_grad():
+                call = _Call.of(args, kwargs)
+                self._check(call)
+                for size in reversed(self.batch_sizes):
+                    with self._lock, self._gpu(call).turn():
+                        self._bucket(call, size)
+        except _Eager as reason:
+            self._why = str(reason)
+        return self
+
+    def explain(self) -> str:
+        """A line for each graph, each kind of call that has none, and the last call that ran eagerly."""
+        sizes = ", ".join(map(str, self.batch_sizes))
+        lines = [f"{type(self.model).__name__} in CUDA graphs, batch sizes {sizes}"]
+        lines += [f"{kind}: replayed {bucket.replays} times" for kind, bucket in self._buckets.items()]
+        lines += [f"{kind}: eager: {reason}" for kind, reason in self._refused.items()]
+        lines += [f"last eager call: {self._why}"] if self._why else []
+        return "\n  ".join(lines)
+
+    def __reduce__(self) -> tuple:
+        return partial(graphed, pad=self.pad, clone=self.clone), (self.model, self.batch_sizes)
+
+    def _check(self, call: "_Call") -> None:
+        """Raises _Eager if no graph can stand for the call."""
+        if not call.tensors or call.tensors[0].ndim == 0:
+            raise _Eager("no argument is a tensor with a batch")
+        if self.model.training:
+            raise _Eager("the model is in training mode")
+        other = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN), None)
+        if other is not None:
+            raise _Eager(f"an argument is a {other.__name__}")
+        devices = {tensor.device for tensor in call.tensors}
+        if len(devices) > 1 or call.device.type != graph_buckets.Gpu.kind:
+            raise _Eager(f"its arguments are on {', '.join(sorted(map(str, devices)))}")
+        used = chain(call.tensors, self.model.parameters())
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used):
+            raise _Eager("gradients are recorded: call it under torch.no_grad()")
+        if (reason := graph_buckets.onlooker()) is not None:
+            raise _Eager(reason)
+
+    def _size(self, batch: int) -> int:
+        """Raises _Eager if there is none for the batch."""
+        for size in self.batch_sizes:
+            if size == batch or (self.pad and size > batch > 0):
+                return size
+        raise _Eager(f"a batch of {batch} is none of its sizes")
+
+    def _replayed(self, call: "_Call", size: int) -> Any:
+        with self._gpu(call).turn():
+            bucket, is_new = self._bucket(call, size)
+            bucket.fill(call.tensors, call.batch)
+            bucket.replay()
+            # Asked while the GPU computes: a graph that is out of date does no harm.
+            if is_new or not self._watch.changed():
+                if (reason := self._watch.why_eager()) is not None:
+                    raise _Eager(reason)
+                if not bucket.reading.is_current():
+                    bucket.reading.derive()
+                    bucket.replay()
+                return bucket.results(call.batch, self.clone)
+            self._look()
+        return self._replayed(call, size)
+
+    def _gpu(self, call: "_Call") -> Any:
+        if call.device not in self._gpus:
+            self._gpus[call.device] = graph_buckets.Gpu(call.device)
+        return self._gpus[call.device]
+
+    def _bucket(self, call: "_Call", size: int) -> tuple[Bucket, bool]:
+        """The call's of that size, and whether it is new; raises _Eager if there can be none."""
+        kind = call.kind(size)
+        if (bucket := self._buckets.get(kind)) is not None:
+            return bucket, False
+        if kind in self._refused:
+            raise _Eager(self._refused[kind])
+        if len(self._buckets) >= MOST_BUCKETS or self._in_vain >= MOST_IN_VAIN:
+            raise _Eager("too many graphs were captured; reset() frees them and begins again")
+        try:
+            self._buckets[kind] = self._captured(kind, call)
+        except Uncapturable as reason:
+            self._refused[kind] = str(reason)
+            self._gpu(call).renew()
+            warnings.warn(f"graphed: {kind} runs eagerly: {reason}", RuntimeWarning, stacklevel=4)
+            raise _Eager(str(reason)) from None
+        return self._buckets[kind], True
+
+    def _captured(self, kind: "_Kind", call: "_Call") -> Bucket:
+        self._look()
+        if (reason := self._watch.why_eager()) is not None:
+            raise _Eager(reason)
+        with _capturing, _undisturbed():
+            inputs = list(map(Place.filled, kind.places, call.tensors))
+
+            def run(tensors: Sequence[Tensor]) -> Any:
+                args, kwargs = call.arguments(tensors)
+                return self.model(*args, **kwargs)
+
+            # What the model raises is the caller's; and weights are derived, kernels compiled.
+            run(inputs)
+            self._look()
+            bucket = Bucket(self._gpu(call), run, kind.places, inputs)
+        if self._watch.changed():
+            raise Uncapturable("its forward replaces modules, parameters or buffers")
+        return bucket
+
+    def _look(self) -> None:
+        """See the model as it is now; where it has changed every graph is freed."""
+        if self._watch is not None and not self._watch.changed():
+            return
+        if self._buckets:
+            used = any(bucket.replays > 2 for bucket in self._buckets.values())
+            self._in_vain = 0 if used else self._in_vain + 1
+        self._buckets.clear()
+        self._watch = Watch(self.model)
+        for gpu in self._gpus.values():
+            gpu.renew()
+
+
+class _Eager(Exception):
+    """The call is to run eagerly: _Eager(reason)."""
+
+
+class _Kind(NamedTuple):
+    """What the calls of one bucket have alike."""
+
+    places: tuple[Place, ...]
+    spec: TreeSpec
+    values: tuple
+    settings: tuple
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.places))
+
+
+class _Call(NamedTuple):
+    """A forward's arguments: tensors, and of every leaf (type, value), None in a tensor's place."""
+
+    tensors: list[Tensor]
+    spec: TreeSpec
+    values: tuple
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> "_Call":
+        leaves, spec = tree_flatten((args, kwargs))
+        values = [(Tensor, None) if isinstance(v, Tensor) else (type(v), v) for v in leaves]
+        other = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_VALUES))), None)
+        if other is not None:
+            raise _Eager(f"an argument is a {type(other).__name__}")
+        return cls([leaf for leaf in leaves if isinstance(leaf, Tensor)], spec, tuple(values))
+
+    @property
+    def batch(self) -> int:
+        return self.tensors[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+        """With others in the places of its tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if kind is Tensor else value for kind, value in self.values]
+        return tree_unflatten(leaves, self.spec)
+
+    def kind(self, size: int) -> _Kind:
+        places = tuple(Place.of(tensor, self.batch, size) for tensor in self.tensors)
+        return _Kind(places, self.spec, self.values, _settings(self.device.type))
+
+
+def _settings(device: str) -> tuple:
+    """What decides beside the call itself which kernels run."""
+    matmul, cudnn, cuda = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cuda
+    return (
+        *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        *(*map(backends.requested, backends.TABLE), measurements.generation),
+        *(tf32("linear"), tf32("patch_embed"), torch.are_deterministic_algorithms_enabled()),
+        *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
+        *(cudnn.benchmark, cudnn.deterministic, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()),
+        *(cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without gradients, inference tensors, and the casts in autocast's cache, which ends with it."""
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)

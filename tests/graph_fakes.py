@@ -1,0 +1,151 @@
+"""CUDA graphs without a GPU, small models to capture in them, and what a runner is to give.
+
+Like a graph the fake goes on reading the memory that it read as it was captured: of parameters, buffers
+and what was derived from them, and not what modules hold by then.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastvit import derived, graph_buckets, graphed
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Fake:
+    """A GPU of which a test can ask how often it captured and replayed."""
+
+    kind = "cpu"
+    captures = replays = renewals = 0
+    capturing = False
+    model: nn.Module
+
+    def __init__(self, device):
+        self.device = device
+
+    def renew(self):
+        Fake.renewals += 1
+
+    def turn(self):
+        return nullcontext()
+
+    aside = turn
+
+    @staticmethod
+    def is_capturing():
+        return Fake.capturing
+
+    def capture(self, place, run):
+        Fake.captures += 1
+        graph, inputs = FakeGraph(Fake.model, run), place()
+        for tensor in inputs:
+            tensor.fill_(float("nan"))  # anything may lie there
+        Fake.capturing = True
+        try:
+            return graph, inputs, graph.record(inputs)
+        finally:
+            Fake.capturing = False
+
+
+class FakeGraph:
+    def __init__(self, model, run):
+        self.model, self.run = model, run
+        self.memory = {name: t.detach() for name, t in named_tensors(model).items()}
+        self.read = []
+
+    def record(self, inputs):
+        kept = derived.kept
+
+        def noted(*args):
+            self.read.append(kept(*args))
+            return self.read[-1]
+
+        self.inputs = inputs
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(derived, "kept", noted)
+            self.outputs = self.run(inputs)
+        return self.outputs
+
+    def replay(self):
+        Fake.replays += 1
+        read = iter(self.read)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(derived, "kept", lambda *args: next(read))
+            swapped = nn.utils.stateless._reparametrize_module(self.model, self.memory)
+            with swapped, torch.inference_mode(False):
+                again = self.run(self.inputs)
+            for place, new in zip(tree_leaves(self.outputs), tree_leaves(again), strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(new)
+
+
+def named_tensors(model):
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+class Model(nn.Module):
+    """What a ViT has for a runner: plain weights, a buffer, and a weight that is folded."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Linear(3 * 8 * 8, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 4)
+        self.gamma = nn.Parameter(torch.randn(4))
+
+    def folded(self):
+        return self.head.weight * self.gamma[:, None], self.head.bias * self.gamma
+
+    def forward(self, x):
+        x = self.norm(self.embed(x.flatten(1).to(self.embed.weight.dtype)))
+        value = derived.derived("folded", (self.head.weight, self.head.bias, self.gamma), self.folded)
+        return nn.functional.linear(x, *value)
+
+
+class Plain(Model):
+    """Nothing is derived."""
+
+    def forward(self, x):
+        return self.head(self.norm(self.embed(x.flatten(1))))
+
+
+class Mixed(Plain):
+    def forward(self, x, scale=1.0, *, mask=None, name="", extra=()):
+        x = super().forward(x) * scale
+        x = x if mask is None else x * mask
+        return {"x": x, "rest": (x[:, 0], x.sum(), name, None, *extra)}
+
+
+@contextmanager
+def on_fake_gpu(monkeypatch):
+    """CPU tensors are taken for a GPU's, nothing is kept from before, and no gradients are recorded."""
+    derived.refresh()
+    monkeypatch.setattr(graph_buckets, "Gpu", Fake)
+    Fake.captures = Fake.replays = Fake.renewals = 0
+    with torch.no_grad():
+        yield
+    derived.refresh()
+
+
+def runner_of(model=None, *args, **kwargs):
+    Fake.model = (Model() if model is None else model).eval()
+    return graphed(Fake.model, *args, **kwargs)
+
+
+def assert_same(runner, *args, captures=None, **kwargs):
+    """The same bits as the model's, by a replay if captures are given; which is how many there were."""
+    replays = Fake.replays
+    found, expected = runner(*args, **kwargs), runner.model(*args, **kwargs)
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    if captures is not None:
+        assert Fake.captures == captures
+        assert Fake.replays > replays
+    else:
+        assert Fake.replays == replays, runner.explain()
+    return found
