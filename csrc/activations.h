@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "activation_names.h"
 #include "host_device.h"
 
 namespace fastvit {
@@ -195,5 +196,22 @@ struct Relu {
     return x > T(0) ? x : (x != x ? x : T(0));
   }
 };
+
+// Calls use(function) with the activation's struct; of exact GELU's two, the one that is given.
+template <typename OneGelu, typename Use>
+FASTVIT_HOST_DEVICE void choose_activation(Activation activation, const Use& use) {
+  switch (activation) {
+    case Activation::kGelu:
+      return use(OneGelu());
+    case Activation::kGeluTanh:
+      return use(GeluTanh());
+    case Activation::kQuickGelu:
+      return use(QuickGelu());
+    case Activation::kSilu:
+      return use(Silu());
+    case Activation::kRelu:
+      return use(Relu());
+  }
+}
 
 }  // namespace fastvit

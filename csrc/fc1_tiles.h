@@ -1,7 +1,7 @@
 // THE table of tiles of fc1's products on Hopper, and which of them a shape takes. Nothing is tuned at run time.
 //
-// A row is a kernel that is compiled, forward and backward. No time was measured yet: a row's speed is modelled, and
-// so is what a wave and a split of the sum cost.
+// A row is a kernel that is compiled: forward, with a norm folded in, and backward. No time was measured yet: a
+// row's speed is modelled, and so is what a wave and a split of the sum cost.
 #pragma once
 
 #include <climits>

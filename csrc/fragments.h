@@ -53,6 +53,18 @@ FASTVIT_HOST_DEVICE Fragment differentiated_fragment(const Fragment& grad, const
   return dx;
 }
 
+// What is left to do of a norm that is folded into the weight of a product with rows as they are: their mean is taken
+// off by one rounding, as large as it may be, then they are scaled. `sums` are those of the weight's rows.
+template <typename Fragment>
+FASTVIT_HOST_DEVICE Fragment normalized_fragment(const Fragment& product, const Fragment& mean, const Fragment& rstd,
+                                                 const Fragment& sums, const Fragment& bias) {
+  Fragment y;
+  for (int i = 0; i < int(product.size()); ++i) {
+    y[i] = fmaf(fmaf(-mean[i], sums[i], product[i]), rstd[i], bias[i]);
+  }
+  return y;
+}
+
 constexpr int kHeld = 16, kHeldColumns = 8, kLanesApart = 4;
 
 // A place among the columns held, from the column's distance to the first, and back.

@@ -1,4 +1,5 @@
-// Which products have the activation in their epilogue, and the memory for them. The kernels are fc1_*_sm90.cu.
+// Which products have the activation in their epilogue, or a norm folded into them, and the memory for them. The
+// kernels are fc1_*_sm90.cu.
 #include "fused_products.h"
 
 #if defined(FASTVIT_CUTLASS)
@@ -53,6 +54,39 @@ std::optional<Activated> fused_activated(const Tensor& x, const Tensor& weight, 
   return Activated{activated, before};
 }
 
+// x [T, K] is read twice, by its statistics (8 bytes a row) and by the product. A norm of its own reads it once and
+// writes as much, which the product reads: spared are 2 T K bytes, and as much memory. float16 overflows nowhere, as
+// rows are no larger than they are and sums are in float32.
+OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vector<Tensor>& folded,
+                             std::optional<Activation> activation) {
+  if (folded.empty()) return std::nullopt;
+  STD_TORCH_CHECK(folded.size() == 3, current_op, ": a folded norm is a weight, sums and a bias");
+  const Tensor rows = packed(x), matrix = packed(folded[0]), sums = packed(folded[1]), bias = packed(folded[2]);
+  const Extent out{rows.size(0), matrix.size(0), rows.size(1)};
+  for (const Tensor& vector : {sums, bias}) {
+    STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Float && vector.numel() == out.columns, current_op,
+                    ": a folded norm's sums and bias are float32, one for each output");
+  }
+  const ScalarType dtype = x.scalar_type();
+  const std::optional<Half> half = half_of(dtype);
+  if (!half || matrix.scalar_type() != dtype || !is_hopper(x)) return std::nullopt;
+  if (!fits(out, {rows.data_ptr(), matrix.data_ptr()})) return std::nullopt;
+  const Statistics of = norm_statistics(rows, norm);
+  const Tensor result = empty_beside(x, {out.rows, out.columns}, dtype);
+  const Fc1Folded call{out,
+                       rows.data_ptr(),
+                       matrix.data_ptr(),
+                       norm.rms ? nullptr : data_of<float>(of.mean),
+                       data_of<float>(of.rstd),
+                       data_of<float>(sums),
+                       data_of<float>(bias),
+                       result.data_ptr(),
+                       *half,
+                       activation};
+  run(call, tile_for(out, static_cast<int>(multiprocessors(x))), x);
+  return result;
+}
+
 std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, const Tensor& weight,
                                                            const Tensor& before, Activation activation,
                                                            bool needs_bias) {
@@ -92,6 +126,10 @@ std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, c
 namespace fastvit {
 
 std::optional<Activated> fused_activated(const Tensor&, const Tensor&, const OptionalTensor&, Activation, bool) {
+  return std::nullopt;
+}
+
+OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>) {
   return std::nullopt;
 }
 

@@ -64,6 +64,13 @@ T* output_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
+struct Statistics {
+  Tensor mean, rstd;  // [T], float32; mean is [0] for RMSNorm
+};
+
+// What a norm takes from each row of x, which is read once, and nothing else.
+Statistics norm_statistics(const Tensor& x, const Norm& norm);
+
 // The activation of rows, written over them.
 void activate_in_place(const Tensor& rows, Activation activation);
 

@@ -6,10 +6,15 @@
 namespace fastvit {
 
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
-                                OptionalTensor bias, double eps, std::string norm, bool save, bool tf32) {
+                                OptionalTensor bias, double eps, std::string norm, Tensors folded, bool save,
+                                bool tf32) {
   const Scope scope("layer_norm_linear", x, weight);
   const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
-  const Normalized h = norm_rows(as_rows(x), how, weight.scalar_type());
+  const Tensor rows = as_rows(x);
+  if (!save) {
+    if (auto out = folded_linear(rows, how, folded, std::nullopt)) return {shaped_like(x, *out), {}};
+  }
+  const Normalized h = norm_rows(rows, how, weight.scalar_type());
   const Tensor out = shaped_like(x, linear(h.rows, weight, bias, tf32));
   return {out, save ? Tensors{h.mean, h.rstd} : Tensors{}};
 }

@@ -39,31 +39,31 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, bool save, bool fused, bool tf32) {
+                             std::string activation, std::string norm, Tensors folded, bool save, bool fused,
+                             bool tf32) {
   const Scope scope("layer_norm_mlp", x, fc1_weight);
   const Activation act = activation_named(activation);
   const bool rms = norm == "rms_norm", gated = activation == "swiglu";
   const ScalarType dtype = fc1_weight.scalar_type();
   const Tensor residual = as_rows(x);
+  const Norm outer{norm_weight, norm_bias, rms, eps};
   Tensors saved;
 
-  Normalized h = norm_rows(residual, {norm_weight, norm_bias, rms, eps}, dtype);
-  OptionalTensor fc1;
   Tensor a;
-  if (gated) {
-    fc1 = linear(h.rows, fc1_weight, fc1_bias, tf32);
+  if (auto one = gated || save ? std::nullopt : folded_linear(residual, outer, folded, act)) {
+    a = *one;
+  } else if (const Normalized h = norm_rows(residual, outer, dtype); gated) {
+    const Tensor fc1 = linear(h.rows, fc1_weight, fc1_bias, tf32);
     OptionalTensor own_gate;
     if (gate_weight) own_gate = linear(h.rows, *gate_weight, gate_bias, tf32);
-    const Inputs in = inputs_of(*fc1, own_gate, gated);
+    const Inputs in = inputs_of(fc1, own_gate, gated);
     a = activate(in.value, in.gate, act);
     if (save) saved = present({h.mean, h.rstd, fc1, own_gate});
   } else {
-    Activated one = linear_activated(h.rows, fc1_weight, fc1_bias, act, save, fused, tf32);
-    a = one.rows;
-    if (save) saved = present({h.mean, h.rstd, one.before});
+    const Activated activated = linear_activated(h.rows, fc1_weight, fc1_bias, act, save, fused, tf32);
+    a = activated.rows;
+    if (save) saved = present({h.mean, h.rstd, activated.before});
   }
-  h.rows = Tensor();  // not needed again, and as large as x
-  fc1.reset();
   if (inner_norm_weight) {
     const Normalized inner = norm_rows(a, {inner_norm_weight, inner_norm_bias, rms, eps}, dtype);
     a = inner.rows;

@@ -131,6 +131,8 @@ def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
     for level, flags in levels.items():
         loops = (*LOOP_FLAGS, *flags, f"-DFASTVIT_LEVEL={level}")
         build.compile("row_loops.cpp", output=f"row_loops_{level}.o", flags=loops)
+        if level != "v4":  # there oneDNN's products are faster
+            build.compile("panels.cpp", output=f"panels_{level}.o", flags=loops)
     return build.link("_fastvit_cpu.so", (*extra, "-ltorch_cpu", "-lc10"))
 
 

@@ -1,8 +1,10 @@
 // LayerNorm and RMSNorm: a warp a row, statistics in float32.
 //
 // Where vectors fit a row and a lane can hold its share, the row is read once; any other is read again for each
-// pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null.
+// pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null, and so is y where the statistics alone
+// are wanted.
 #include "row_kernels.cuh"
+#include "row_norm.h"
 
 namespace fastvit {
 namespace {
@@ -22,18 +24,17 @@ struct Forward {
   }
 };
 
-// y = (centred - shift) * rstd * weight + bias, where centred = x - about.
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
 __device__ __forceinline__ void write_row(const Forward<In, Out, Parameter>& a,
-                                          const Row<In, kVectors, kWidth>& row, Out* y, float about, float shift,
-                                          float rstd) {
+                                          const Row<In, kVectors, kWidth>& row, Out* y,
+                                          const RowStatistics<float>& of) {
   each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
     float x[kWidth], weight[kWidth], bias[kWidth];
     row.get(i, column, x);
     load_or<kWidth>(a.weight, column, 1.0f, weight);
     load_or<kWidth>(a.bias, column, 0.0f, bias);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) x[j] = ((x[j] - about) - shift) * rstd * weight[j] + bias[j];
+    for (int j = 0; j < kWidth; ++j) x[j] = of.apply(x[j]) * weight[j] + bias[j];
     store_floats<kWidth>(y + column, x);
   });
 }
@@ -69,14 +70,14 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(Forward<In, Out,
       squares += centred * centred;
     }
   });
-  const float shift = a.mean != nullptr ? warp_sum(sum) / count : 0.0f;
-  const float variance = warp_sum(squares) / count - shift * shift;
-  const float rstd = rsqrtf((variance < 0.0f ? 0.0f : variance) + a.eps);
+  const bool rms = a.mean == nullptr;
+  const float left = rms ? 0.0f : warp_sum(sum);
+  const RowStatistics<float> of = row_statistics(about, left, warp_sum(squares), count, a.eps, rms);
   if (threadIdx.x % kLanes == 0) {
-    if (a.mean != nullptr) a.mean[r] = about + shift;
-    a.rstd[r] = rstd;
+    if (!rms) a.mean[r] = of.mean();
+    a.rstd[r] = of.rstd;
   }
-  write_row<kVectors, kWidth>(a, row, a.y + r * a.columns, about, shift, rstd);
+  if (a.y != nullptr) write_row<kVectors, kWidth>(a, row, a.y + r * a.columns, of);
 }
 
 template <int kWidth, typename In, typename Out, typename Parameter>
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) renorm_kernel(Forward<In, Out, Param
   const std::int64_t r = first_row();
   if (r >= a.rows) return;
   const Row<In, 0, kWidth> row(a.x + r * a.columns, a.columns);
-  write_row<0, kWidth>(a, row, a.y + r * a.columns, a.mean != nullptr ? a.mean[r] : 0.0f, 0.0f, a.rstd[r]);
+  const RowStatistics<float> of{a.mean != nullptr ? a.mean[r] : 0.0f, 0.0f, a.rstd[r]};
+  write_row<0, kWidth>(a, row, a.y + r * a.columns, of);
 }
 
 template <typename In, typename Out, typename Parameter>
@@ -311,6 +313,19 @@ Normalized norm_rows(const Tensor& x, const Norm& norm, ScalarType dtype) {
     run_forward(a, x);
   });
   return {y, mean, rstd};
+}
+
+Statistics norm_statistics(const Tensor& x, const Norm& norm) {
+  const Tensor mean = empty_beside(x, {norm.rms ? 0 : x.size(0)}, ScalarType::Float);
+  const Tensor rstd = empty_beside(x, {x.size(0)}, ScalarType::Float);
+  with_type(x.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    run_forward(Forward<T, T, float>{data_of<T>(x), nullptr, nullptr, nullptr,
+                                     norm.rms ? nullptr : output_of<float>(mean), output_of<float>(rstd), x.size(0),
+                                     x.size(1), static_cast<float>(norm.eps)},
+                x);
+  });
+  return {mean, rstd};
 }
 
 Tensor renorm_rows(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Norm& norm, ScalarType dtype) {

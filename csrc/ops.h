@@ -3,6 +3,7 @@
 // Their schemas are in fastvit/ops/native.py. x may have any strides and be float32 beside weights in half
 // precision (autocast); every other tensor of a product has the weights' dtype. A backward op takes `needs`, a
 // bit for each input that can have a gradient, in the order of the arguments, and returns those gradients.
+// `folded` is as in products.h: it serves calls that save nothing, and any other has the norm and weight beside it.
 #pragma once
 
 #include <tuple>
@@ -15,7 +16,8 @@ using Tensors = std::vector<Tensor>;
 using WithSaved = std::tuple<Tensor, Tensors>;
 
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
-                                OptionalTensor bias, double eps, std::string norm, bool save, bool tf32);
+                                OptionalTensor bias, double eps, std::string norm, Tensors folded, bool save,
+                                bool tf32);
 Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                               OptionalTensor norm_bias, Tensor weight, double eps, std::string norm,
                               std::int64_t needs, bool tf32);
@@ -30,7 +32,8 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, bool save, bool fused, bool tf32);
+                             std::string activation, std::string norm, Tensors folded, bool save, bool fused,
+                             bool tf32);
 Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
                            OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,

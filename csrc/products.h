@@ -1,4 +1,5 @@
-// The matrix products. products_cpu.cpp (oneDNN and ATen) and products_cublaslt.cpp hold one each.
+// The matrix products. products_cpu.cpp (oneDNN and ATen) and products_cublaslt.cpp hold one each, but folded_linear's
+// for a GPU is in fused_products.cpp.
 //
 // x is [T, K] and weight [D, K], Linear's layout, in one dtype; bias is [D] or absent. On a CPU a weight may be
 // one that oneDNN packed.
@@ -25,6 +26,12 @@ struct Activated {
 // kernel for it; a CPU's has it whenever that is faster.
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            Activation activation, bool keep_before, bool fused, bool tf32);
+
+// activation(norm(x) W^T + b), or that without an activation, where it can be had from x as it is; else nothing, as on
+// a CPU. `folded` is empty, or what becomes of the norm's parameters, W and b: W' [D, K] in the dtype of x, the sums
+// of its rows and a bias, both [D] in float32. The norm's own weight and bias are not read again.
+OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vector<Tensor>& folded,
+                             std::optional<Activation> activation);
 
 // grad weight, for grad [T, D]: the gradient of x.
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool tf32);

@@ -3,8 +3,12 @@
 //
 // torch itself calls MKL for float32. oneDNN is faster there, takes transposed operands as they are, packed
 // weights, and an activation or a residual in its epilogue.
+#include <algorithm>
 #include <array>
+#include <memory>
+#include <new>
 
+#include "panels.h"
 #include "products.h"
 #include "row_loops.h"
 #include "scope.h"
@@ -18,6 +22,15 @@ template <std::size_t N>
 Tensor call(const char* op, const char* overload, std::array<StableIValue, N> arguments) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, arguments.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(arguments[0]);
+}
+
+void multiply_panels(const PanelProduct& product, std::int64_t first, std::int64_t last, float* scratch) {
+#if defined(FASTVIT_LEVELS)
+  static const auto best = __builtin_cpu_supports("x86-64-v3") ? v3::multiply_panels : base::multiply_panels;
+  best(product, first, last, scratch);
+#else
+  base::multiply_panels(product, first, last, scratch);
+#endif
 }
 
 // oneDNN takes rows or columns of a weight one after the other, and of a bias no strides.
@@ -43,12 +56,52 @@ Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
 
 constexpr std::int64_t kFewRows = 16;
 
+// Without instructions for bfloat16 oneDNN refuses weights that are packed, and is slower than ATen.
+bool multiplies_bfloat16() {
+  static const bool can = [] {
+    std::array<StableIValue, 1> result{};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", result.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<bool>(result[0]);
+  }();
+  return can;
+}
+
 bool is_onednn(const Tensor& x) {
-  return x.scalar_type() != ScalarType::Double && x.size(0) > kFewRows && x.size(1) != 0;
+  const ScalarType dtype = x.scalar_type();
+  if (dtype == ScalarType::Double || (dtype == ScalarType::BFloat16 && !multiplies_bfloat16())) return false;
+  return x.size(0) > kFewRows && x.size(1) != 0;
+}
+
+bool has_panels(const Tensor& weight) { return weight.dim() == 3; }
+
+// activation(x weight^T + bias) + residual, of a weight in panels.
+Tensor by_panels(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                 std::optional<Activation> activation) {
+  const Tensor rows = packed(x), panels = packed(weight);
+  const OptionalTensor vector = dense(bias), beside = dense(residual);
+  Tensor out = empty_beside(x, {x.size(0), weight.size(0) * kPanel}, ScalarType::Float);
+  const auto floats = [](const OptionalTensor& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const PanelProduct product{floats(rows),        floats(panels), floats(vector), floats(beside),
+                             static_cast<float*>(out.mutable_data_ptr()), out.size(0), x.size(1), out.size(1),
+                             activation};
+  constexpr auto line = std::align_val_t(64);
+  struct Free {
+    void operator()(float* scratch) const { ::operator delete(scratch, line); }
+  };
+  torch::stable::parallel_for(0, weight.size(0), 1, [&](std::int64_t first, std::int64_t last) {
+    constexpr std::size_t size = kPanelRows * kPanelDepth * sizeof(float);
+    static thread_local const std::unique_ptr<float, Free> scratch(static_cast<float*>(::operator new(size, line)));
+    if (first < last) multiply_panels(product, first, last, scratch.get());
+  });
+  return out;
 }
 
 // x weight^T + bias, whatever the dtype and the strides.
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (has_panels(weight)) return by_panels(x, weight, bias, {}, {});
   if (is_onednn(x)) return onednn(x, weight, bias);
   return call("aten::linear", "", std::array{from(x), from(weight), from(bias)});
 }
@@ -88,7 +141,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 
 Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
                   bool) {
-  if (!is_onednn(x) || residual.scalar_type() != x.scalar_type()) {
+  if (has_panels(weight) && residual.scalar_type() == ScalarType::Float) {
+    return by_panels(x, weight, bias, residual, {});
+  }
+  if (has_panels(weight) || !is_onednn(x) || residual.scalar_type() != x.scalar_type()) {
     return add_scaled(residual, product(x, weight, bias), {}, {});
   }
   return call("mkldnn::_linear_pointwise", "binary",
@@ -97,10 +153,15 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            Activation activation, bool keep_before, bool, bool) {
+  if (has_panels(weight) && !keep_before) return {by_panels(x, weight, bias, {}, activation), {}};
   const std::optional<Post> post = post_for(activation);
-  if (post && !keep_before && is_onednn(x)) return {onednn(x, weight, bias, post->name, post->form), {}};
+  if (post && !keep_before && is_onednn(x) && !has_panels(weight)) return {onednn(x, weight, bias, post->name, post->form), {}};
   const Tensor before = product(x, weight, bias);
   return {activate(before, {}, activation), keep_before ? OptionalTensor(before) : std::nullopt};
+}
+
+OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>) {
+  return std::nullopt;
 }
 
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool) {

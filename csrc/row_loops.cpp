@@ -33,6 +33,7 @@ Wide sum_of(Size count, Term term) {
 template <typename In, typename Out>
 struct Loops {
   using Wide = wide_t<Out>;
+  using OneGelu = std::conditional_t<std::is_same_v<Out, BrainFloat>, GeluHalf, Gelu>;
 
   static void norm(const void* x_, void* out_, void* mean_, void* rstd_, const NormArrays& norm, Size rows,
                    Size cols) {
@@ -189,32 +190,16 @@ struct Loops {
 
   static void activate(const void* value, const void* gate, void* out, Activation activation, Size rows,
                        Size cols, Size stride) {
-    with(activation, [&](auto function) {
+    choose_activation<OneGelu>(activation, [&](auto function) {
       activate_with<decltype(function)>(value, gate, out, rows, cols, stride);
     });
   }
 
   static void activate_backward(const void* grad, const void* value, const void* gate, void* dvalue, void* dgate,
                                 void* activated, Activation activation, Size rows, Size cols, Size stride) {
-    with(activation, [&](auto function) {
+    choose_activation<OneGelu>(activation, [&](auto function) {
       activate_backward_with<decltype(function)>(grad, value, gate, dvalue, dgate, activated, rows, cols, stride);
     });
-  }
-
-  template <typename Call>
-  static void with(Activation activation, Call call) {
-    switch (activation) {
-      case Activation::kGelu:
-        return call(std::conditional_t<std::is_same_v<Out, BrainFloat>, GeluHalf, Gelu>());
-      case Activation::kGeluTanh:
-        return call(GeluTanh());
-      case Activation::kQuickGelu:
-        return call(QuickGelu());
-      case Activation::kSilu:
-        return call(Silu());
-      case Activation::kRelu:
-        return call(Relu());
-    }
   }
 
   // Rows are added by fours, which makes the chain of additions a quarter as long.

@@ -190,8 +190,20 @@ def machine_name(device: str) -> str:
 
 @cache
 def _cpu_name() -> str:
-    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}{' and bfloat16' if bf16 else ''}"
+    bf16 = " and bfloat16" if multiplies_bfloat16() else ""
+    return f"CPU with {vectors()}{bf16}"
+
+
+@cache
+def vectors() -> str:
+    """The CPU's vector instructions as torch names them: "AVX2", say."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions by which oneDNN multiplies bfloat16, and packs weights in it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's; a cache hides it.

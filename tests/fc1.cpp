@@ -1,4 +1,4 @@
-// csrc/fragments.h and fc1_tiles.h behind plain C names, for test_fc1.py.
+// csrc/fragments.h and fc1_tiles.h behind plain C names, for test_fc1.py and test_folding.py.
 #include <pthread.h>
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 
 #include "fc1_tiles.h"
 #include "fragments.h"
+#include "row_norm.h"
 
 using namespace fastvit;
 
@@ -31,6 +32,12 @@ Fragment load(const float* from) {
 
 void store(float* to, const Fragment& fragment) { std::memcpy(to, &fragment, sizeof fragment); }
 
+Fragment everywhere(float number) {
+  Fragment fragment;
+  for (int i = 0; i < kHeld; ++i) fragment[i] = number;
+  return fragment;
+}
+
 }  // namespace
 
 extern "C" {
@@ -46,6 +53,34 @@ void differentiated(const float* grad, const float* x, float* dx, float* y, std:
     Fragment again;
     store(dx + i, differentiated_fragment(load(grad + i), load(x + i), Activation(activation), again));
     store(y + i, again);
+  }
+}
+
+// Each row's mean and rstd as the norm's kernel has them: a mean, then what is left of it.
+void statistics(const float* x, float* mean, float* rstd, std::int64_t rows, std::int64_t columns, float eps, int rms) {
+  for (std::int64_t row = 0; row < rows; ++row, x += columns) {
+    float sum = 0.0f, left = 0.0f, squares = 0.0f;
+    for (std::int64_t i = 0; i < columns; ++i) sum += x[i];
+    const float about = rms ? 0.0f : sum / float(columns);
+    for (std::int64_t i = 0; i < columns; ++i) {
+      left += x[i] - about;
+      squares += (x[i] - about) * (x[i] - about);
+    }
+    const RowStatistics<float> of = row_statistics(about, left, squares, float(columns), eps, rms != 0);
+    mean[row] = of.mean();
+    rstd[row] = of.rstd;
+  }
+}
+
+// What a folded norm leaves to do to a product [rows, columns].
+void normalized(const float* product, const float* mean, const float* rstd, const float* sums, const float* bias,
+                float* y, std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t i = 0; i < columns; i += kHeld) {
+      const std::int64_t at = row * columns + i;
+      store(y + at, normalized_fragment(load(product + at), everywhere(mean[row]), everywhere(rstd[row]),
+                                        load(sums + i), load(bias + i)));
+    }
   }
 }
 

@@ -178,3 +178,32 @@ _FC1 = {
     ],
 }
 FC1_MUTANTS = [Mutant(file, *row) for file, rows in _FC1.items() for row in rows]
+
+# Of a norm folded into the product after it: the check is one of test_folding.py's. What is not C++ is in
+# fastvit.ops.native.folded.
+_FOLDED = {
+    "fragments.h": [
+        ("mean left in", "fmaf(-mean[i]", "fmaf(0.0f * mean[i]", "offset"),
+        ("another's sum", "sums[i], product", "sums[i & ~1], product", "offset"),
+        ("not scaled", "product[i]), rstd[i]", "product[i]), 1.0f + 0.0f * rstd[i]", "plain"),
+        ("bias dropped", "rstd[i], bias[i])", "rstd[i], 0.0f * bias[i])", "plain"),
+    ],
+    "row_norm.h": [
+        ("eps dropped", "variance) + eps)", "variance) + 0 * eps)", "small std"),
+        ("mean of the first pass alone", "return first + rest;", "return rest;", "offset"),
+    ],
+    "native.py": [
+        ("sums of the weight before rounding", "ready.double().sum(1)", "(wide * norm_weight).sum(1)", "100"),
+        ("the norm's bias dropped", "wide @ norm_bias.double()", "0 * sums", "plain"),
+        ("bias from the folded weight", "wide @ norm_bias", "ready.double() @ norm_bias", "plain"),
+        ("bias dropped", "shift + bias.double()", "shift", "plain"),
+        ("the norm's weight dropped", "wide * norm_weight.double()", "wide", "plain"),
+        (
+            "a source forgotten",
+            "(weight, bias, norm_weight, norm_bias), prepared",
+            "(weight,), prepared",
+            "edits",
+        ),
+    ],
+}
+FOLDING_MUTANTS = [Mutant(file, *row) for file, rows in _FOLDED.items() for row in rows]

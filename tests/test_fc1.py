@@ -51,6 +51,16 @@ def fc1(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("fc1"))
 
 
+def compiled_with(mutant, folder):
+    """The same of a copy that has the fault in it."""
+    sources = folder / "csrc"
+    shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.cpp", "*.py", "__pycache__"))
+    text = (sources / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} holds {text.count(mutant.old)} times: {mutant.old}"
+    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    return compiled(folder, sources)
+
+
 def call(function, *arguments):
     of = {int: ctypes.c_int64, torch.Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr())}
     return function(*(of.get(type(a), lambda a: a)(a) for a in arguments))
@@ -228,13 +238,9 @@ CHECKS = {
 @needs_compiler
 @pytest.mark.parametrize("mutant", FC1_MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.fault}")
 def test_red_with_a_fault(mutant, tmp_path):
-    sources = tmp_path / "csrc"
-    shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.cpp", "*.py", "__pycache__"))
-    text = (sources / mutant.file).read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} holds {text.count(mutant.old)} times: {mutant.old}"
-    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    faulty = compiled_with(mutant, tmp_path)
     with pytest.raises(AssertionError):
-        CHECKS[mutant.check](compiled(tmp_path, sources))
+        CHECKS[mutant.check](faulty)
 
 
 MEASURED = {"op": "layer_norm_mlp", "gpu": "NVIDIA H100", "dtype": "bfloat16", "options": "fused", "ok": True}

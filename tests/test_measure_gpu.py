@@ -14,7 +14,7 @@ from fastvit.backends import TABLE
 from fastvit.ops import native
 from fastvit_benchmarks import op_bench
 from fastvit_benchmarks.tables import gpu_questions, measure_cpu, measure_gpu, tune
-from fastvit_benchmarks.tables.gpu_questions import Asked, fused, of_models
+from fastvit_benchmarks.tables.gpu_questions import Asked, folded, fused, of_models
 from fastvit_benchmarks.tables.measure_gpu import Book
 from fastvit_benchmarks.tables.measured_table import Point
 
@@ -191,3 +191,18 @@ def test_without_a_gpu_it_says_so():
     app = typer.Typer()
     app.command()(measure_gpu.main)
     assert CliRunner().invoke(app, []).exit_code == 1
+
+
+@pytest.mark.parametrize(("op", "inner"), [("layer_norm_mlp", "hidden"), ("layer_norm_linear", "out")])
+def test_folded_is_asked_as_the_op_asks_it(op, inner):
+    one, *_ = (asked.point for asked in folded() if asked.point.op == op)
+    with torch._subclasses.FakeTensorMode(), gpus.assume_arch("sm_90"):
+        x = torch.empty(
+            one.sizes["rows"] // 197, 197, one.sizes["width"], device="cuda", dtype=torch.bfloat16
+        )
+        weight = torch.empty(one.sizes[inner], one.sizes["width"], device="cuda", dtype=torch.bfloat16)
+        with measurements.listening() as questions:
+            native.folds(op, x, weight, torch.bfloat16)
+    (question,) = questions
+    assert (question.op, question.dtype, *question.directions, question.options) == one.kind
+    assert question.sizes == one.sizes

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
 
 from fastvit.accelerate import accelerate
 
-from .. import bench_layer_norm_mlp
+from .. import bench_layer_norm_linear, bench_layer_norm_mlp
 from ..halves import on_backend
 from ..op_bench import Case, Provider, differentiated
 from ..recorded import Recorded
@@ -83,3 +84,18 @@ def fused() -> Iterator[Asked]:
         library = differentiated(on_backend(case, "cuda"))
         both = (bench_layer_norm_mlp.with_fc1(library, on) for on in (False, True))
         yield Asked(Point(case.op, dtype, direction, "fused", bounds, False, 0.0), case, *both)
+
+
+def folded() -> Iterator[Asked]:
+    """fc1 and QKV with the norm folded into them beside the norm in a pass of its own."""
+    for dtype, width, batch in product(("bfloat16", "float16"), FUSED_WIDTHS, BATCHES):
+        bounds = {"width": width, "rows": batch * 197}
+        mlp = bench_layer_norm_mlp.LayerNormMlp("fwd", dtype, batch, 197, width)
+        qkv = bench_layer_norm_linear.LayerNormLinear("fwd", dtype, batch, 197, width)
+        for case, inner, options in (
+            (mlp, {"hidden": 4 * width}, {}),
+            (qkv, {"out": 3 * width}, {"fold": True}),
+        ):
+            library = differentiated(partial(on_backend(case, "cuda"), **options))
+            both = (bench_layer_norm_mlp.with_fc1(library, True, folded=on) for on in (False, True))
+            yield Asked(Point(case.op, dtype, "fwd", "folded", bounds | inner, False, 0.0), case, *both)

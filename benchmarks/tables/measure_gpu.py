@@ -4,8 +4,9 @@
 
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
 and float32, forward and backward, at batches of 1 to 256. Before them, on Hopper, whether fc1 is to have its
-activation in its epilogue: rows of layer_norm_mlp with the options "fused". kernels/measured/<gpu>.json is
-written after each; with ``--points`` the next run goes on where this one's time ended.
+activation in its epilogue ("fused" among the options), and fc1 and QKV the norm folded into them ("folded").
+kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this one's time
+ended.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ from .. import files
 from ..gpu.preflight import HOPPER, slug
 from ..harness import machine
 from ..op_bench import run_case
-from .gpu_questions import Asked, fused, of_models
+from .gpu_questions import Asked, folded, fused, of_models
 from .measured_table import Point, table
 
 ROUNDS, SECONDS = 15, 0.05
@@ -142,7 +144,7 @@ def main(
     measure, count = partial(measured, device=device), 0
     how = {"deadline": deadline, "say": print}
     if torch.cuda.get_device_capability(device) == HOPPER and extension.build_info().cutlass != "none":
-        count += run(fused(), measure, book, **how)
+        count += run(chain(fused(), folded()), measure, book, **how)
         measurements.clear()  # from here on the op goes by what was found
     count += run(of_models(device), measure, book, **how)
     good = sum(point.ok and point.ratio >= 1 for point in book.points.values())

@@ -21,7 +21,8 @@ from .settings import Settings
 class Branch(NamedTuple):
     """How a half ends: what its branch is multiplied with before it is added to the tokens.
 
-    ``fold`` allows LayerScale to be multiplied into a copy of the weight where no gradient is recorded.
+    ``fold`` allows LayerScale, and a norm before a product, in copies of weights where no gradient is
+    recorded.
     ``factor`` is one for all samples, in the place of stochastic depth's own.
     """
 
@@ -53,7 +54,7 @@ class AttentionHalf(NamedTuple):
     def __call__(self, x: Tensor, **options) -> Tensor:
         """[B, N, D] to [B, N, D]; ``options`` go to ``attend``, behind the packed [B, N, 3 * H * d]."""
         norm, weight = self.norm, self.qkv_weight
-        given = {"eps": norm.eps, "norm": norm.norm, "validate": False}
+        given = {"eps": norm.eps, "norm": norm.norm, "fold": self.branch.fold, "validate": False}
         packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, self.qkv_bias, **given)
         tokens = self.attend(packed, **options)
         branch = self.branch.arguments(x)

@@ -18,6 +18,7 @@ def layer_norm_linear(
     *,
     eps: float = 1e-6,
     norm: str = "layer_norm",
+    fold: bool = False,
     validate: bool = True,
 ) -> Tensor:
     """linear(norm(x)).
@@ -29,6 +30,8 @@ def layer_norm_linear(
         bias: [O] or None.
         eps: of the norm.
         norm: "layer_norm" or "rms_norm".
+        fold: where no gradient is recorded, the norm may be folded into a copy of the weight that is kept
+            until one of them changes.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
@@ -43,14 +46,14 @@ def layer_norm_linear(
     """
     tensors = (x, norm_weight, norm_bias, weight, bias)
     if overridden(tensors):
-        return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm)
+        return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm, fold=fold)
     if validate:
         _check(*tensors, norm)
     backend = backends.resolve("layer_norm_linear", *tensors, eps=eps, norm=norm)
     if backend in ("cpp", "cuda"):
         from .layer_norm_linear_native import layer_norm_linear as native
 
-        return native(*tensors, eps=eps, norm=norm)
+        return native(*tensors, eps=eps, norm=norm, fold=fold)
     return reference(*tensors, eps=eps, norm=norm)
 
 

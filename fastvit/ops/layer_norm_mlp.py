@@ -47,8 +47,8 @@ def layer_norm_mlp(
         sample_scale: [B] or None, one factor a sample (stochastic depth).
         gate_weight, gate_bias: [M, D] and [M], a gate of its own for "swiglu", or None.
         inner_norm_weight, inner_norm_bias: [M] or None, a norm between activation and fc2.
-        fold: where no gradient is recorded, LayerScale may be multiplied into a copy of the weight that is
-            kept until one of them changes; False leaves it a factor of its own.
+        fold: where no gradient is recorded, LayerScale and the norm may be folded into copies of the weights
+            that are kept until one of them changes; False leaves them what they are.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:

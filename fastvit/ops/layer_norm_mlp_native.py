@@ -16,6 +16,7 @@ from torch.autograd import Function
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
 
+OP = "layer_norm_mlp"
 INPUTS = f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, {native.MLP_WEIGHTS}"
 OPTIONS = "float eps, str activation, str norm"
 
@@ -92,8 +93,11 @@ def _fwd_kernels(*arguments):
     if inputs.gate_weight is not None:
         gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep, fold)
         ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
+    folded = []
+    if keep and fold and activation != "swiglu" and native.folds(OP, inputs.x, inputs.fc1_weight, dtype):
+        folded = native.folded(*inputs[1:5], dtype)
     how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
-    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, save, *how)
+    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, folded, save, *how)
 
 
 def _fwd_shapes(*arguments):

@@ -7,8 +7,8 @@ The libraries register the CPU's and CUDA's functions for them when fastvit.exte
 is differentiable or traced: fastvit::<op>_fwd and <op>_bwd, registered beside each op, call these.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ MLP_SAVED_WEIGHTS = (
 )
 SCHEMAS = (
     "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, "
-    "float eps, str norm, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
@@ -37,7 +37,7 @@ SCHEMAS = (
     "linear_residual_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor weight, Tensor? layer_scale, "
     "Tensor? sample_scale, int needs, bool tf32) -> Tensor[]",
     f"layer_norm_mlp_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, {MLP_WEIGHTS}, float eps, "
-    "str activation, str norm, bool save, bool fused, bool tf32) -> (Tensor, Tensor[])",
+    "str activation, str norm, Tensor[] folded, bool save, bool fused, bool tf32) -> (Tensor, Tensor[])",
     f"layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool fused, bool tf32) "
     "-> Tensor[]",
@@ -50,6 +50,7 @@ ops = torch.ops.fastvit_native
 
 # Of so few rows oneDNN's products are less exact than MKL's by more than the contract allows.
 FEW_ROWS = 16
+PANEL = 16  # rows of a weight
 
 
 def weights(
@@ -64,9 +65,9 @@ def weights(
     """The weight, bias and LayerScale of a product as the library is to read them beside x [B, N, K].
 
     What can be kept until a parameter changes is cast to ``dtype``, with ``fold`` has LayerScale multiplied
-    in (None is left of it) and, on a CPU, is packed by oneDNN. What cannot is cast alone.
+    in (None is left of it) and, on a CPU, is packed: by oneDNN, or in panels. What cannot is cast alone.
     """
-    packs, factor = _packs(x, dtype), scale if fold else None
+    packs, factor = _packing(x, weight, dtype), scale if fold else None
     changed = factor is not None or weight.dtype != dtype
 
     def prepared() -> tuple[Tensor, Tensor | None]:
@@ -75,7 +76,7 @@ def weights(
             ready = (weight if factor is None else weight * factor[:, None]).to(dtype, copy=True)
         if changed and bias is not None:
             ready_bias = (bias if factor is None else bias * factor).to(dtype, copy=True)
-        return torch.ops.mkldnn._reorder_linear_weight(ready) if packs else ready, ready_bias
+        return packs(ready) if packs else ready, ready_bias
 
     if keep and (changed or packs):
         value = kept(("linear", dtype, packs), (weight, bias if changed else None, factor), prepared)
@@ -84,8 +85,48 @@ def weights(
     return weight.to(dtype), None if bias is None else bias.to(dtype), scale
 
 
-def _packs(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == "cpu" and dtype != torch.float64 and x.shape[0] * x.shape[1] > FEW_ROWS
+def folded(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """What becomes of a norm and the product after it where the product is to take rows as they are:
+
+        linear(norm(x)) = (x W'^T - mean(x) sums) rstd(x) + b'
+        W' = weight * norm_weight,  b' = bias + weight norm_bias
+
+    Returns W' in ``dtype``, the sums of its rows and b' in float32, kept until one of the four changes; or
+    nothing where they cannot be kept.
+    """
+
+    def prepared() -> list[Tensor]:
+        wide = weight.double()
+        ready = (wide if norm_weight is None else wide * norm_weight.double()).to(dtype, copy=True)
+        # Of what the product is with: of numbers not yet rounded the sums would leave a part of the mean in.
+        sums = ready.double().sum(1)
+        shift = torch.zeros_like(sums) if norm_bias is None else wide @ norm_bias.double()
+        shift = shift if bias is None else shift + bias.double()
+        return [ready, sums.float(), shift.float()]
+
+    return kept(("folded", dtype), (weight, bias, norm_weight, norm_bias), prepared) or []
+
+
+def _packing(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """How a CPU packs the weight: with AVX2 the library's own product is the fastest, else oneDNN's."""
+    if x.device.type != "cpu" or x.shape[0] * x.shape[1] <= FEW_ROWS:
+        return None
+    if dtype == torch.float32:
+        own = native_backend.vectors() == "AVX2" and weight.shape[0] % PANEL == 0 and weight.shape[1] > 0
+        return panels if own else torch.ops.mkldnn._reorder_linear_weight
+    bf16 = dtype == torch.bfloat16 and native_backend.multiplies_bfloat16()
+    return torch.ops.mkldnn._reorder_linear_weight if bf16 else None
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A weight [D, K] in panels [D / 16, K, 16], as csrc/panels.h reads them."""
+    return weight.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def allows_tf32(x: Tensor) -> bool:
@@ -99,26 +140,50 @@ def fuses(x: Tensor, fc1_weight: Tensor, dtype: torch.dtype, direction: str) -> 
     It has where that was measured right and no slower than the product and the activation after it: in tables
     of measurements this is ``layer_norm_mlp`` with the options "fused". Inside ``fusing`` that decides.
     """
-    if not x.is_cuda:
+    return x.is_cuda and _is_chosen("fused", "layer_norm_mlp", x, fc1_weight, dtype, direction)
+
+
+def folds(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the op's norm is folded into the product after it, likewise: "folded", and ``folding``.
+
+    Rows enter the product as they are, so that they must be in its dtype. Their mean is taken off sums in
+    float32: where it is hundreds of times their deviation (float16), or a row is one large number, the
+    result is less exact than the contract asks. No shape tells: a caller is to allow it, and a table.
+    """
+    if not x.is_cuda or x.dtype != dtype or dtype not in (torch.float16, torch.bfloat16):
         return False
-    if _fusing:
-        return _fusing[-1]
+    return _is_chosen("folded", op, x, weight, dtype, "fwd")
+
+
+def _is_chosen(form: str, op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, direction: str) -> bool:
+    if _decided[form]:
+        return _decided[form][-1]
     gpu, named = native_backend.machine_name("cuda"), str(dtype).removeprefix("torch.")
-    sizes = {"width": x.shape[-1], "hidden": fc1_weight.shape[0], "rows": x.shape[0] * x.shape[1]}
-    return measurements.refusal("layer_norm_mlp", gpu, named, (direction,), "fused", sizes) is None
+    inner = "hidden" if op == "layer_norm_mlp" else "out"
+    sizes = {"width": x.shape[-1], inner: weight.shape[0], "rows": x.shape[0] * x.shape[1]}
+    return measurements.refusal(op, gpu, named, (direction,), form, sizes) is None
 
 
-_fusing: list[bool] = []
+_decided: dict[str, list[bool]] = {"fused": [], "folded": []}
 
 
 @contextmanager
-def fusing(on: bool) -> Iterator[None]:
-    """For benchmarks and tests: every call inside is fused if it can be, or none is."""
-    _fusing.append(on)
+def _deciding(form: str, on: bool) -> Iterator[None]:
+    _decided[form].append(on)
     try:
         yield
     finally:
-        _fusing.pop()
+        _decided[form].pop()
+
+
+def fusing(on: bool) -> AbstractContextManager[None]:
+    """For benchmarks and tests: every call inside is fused if it can be, or none is."""
+    return _deciding("fused", on)
+
+
+def folding(on: bool) -> AbstractContextManager[None]:
+    """The same of folded norms."""
+    return _deciding("folded", on)
 
 
 def bits(needs: Sequence[bool]) -> int:

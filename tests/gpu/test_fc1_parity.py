@@ -1,4 +1,9 @@
-"""On Hopper, fc1 with the activation in its epilogue is within the contract, and is what runs."""
+"""On Hopper, fc1 with the activation in its epilogue is within the contract, and is what runs.
+
+So is a product with the norm before it folded in.
+"""
+
+from functools import partial
 
 import op_cases
 import pytest
@@ -12,7 +17,7 @@ from fastvit import extension, ops, use_backend
 from fastvit.ops import native
 from fastvit.regimes import pairwise, regimes_of
 
-OP = "layer_norm_mlp"
+OP, LINEAR = "layer_norm_mlp", "layer_norm_linear"
 HALF = ("float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 
@@ -24,12 +29,12 @@ def _fused(gpu):
         pytest.skip(f"{torch.cuda.get_device_name()} is no Hopper")
     if extension.build_info().cutlass == "none":
         pytest.skip(f"the library is built without CUTLASS: {extension.build_info()}")
-    with use_backend("cuda"), native.fusing(True):
+    with use_backend("cuda"), native.fusing(True), native.folding(False):
         yield
 
 
-def build(mode, **options):
-    call = on_device(op_cases.build(OP, dtype=MODES[mode][0], **options))
+def build(mode, op=OP, **options):
+    call = on_device(op_cases.build(op, dtype=MODES[mode][0], **options))
     if call.get("sample_scale") is not None:
         call["sample_scale"] = torch.linspace(0.5, 2, len(call["x"])).to(call["sample_scale"])
     return call
@@ -101,24 +106,88 @@ def test_the_same_bits_on_every_run_and_with_what_is_saved(batch):
         same(run(call), first)
 
 
-def kernels_of(call):
+def kernels_of(function):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run(call)
+        function()
         torch.cuda.synchronize()
     return [event.key for event in profile.key_averages()]
 
 
 def test_it_is_what_runs():
     call = build("bfloat16", batch=2, tokens=197, width=384, hidden=1536)
-    assert len([name for name in kernels_of(call) if "fastvit::sm90" in name]) == 2  # forward and backward
-    assert not any("activate_" in name for name in kernels_of(call))
+    names = kernels_of(lambda: run(call))
+    assert len([name for name in names if "fastvit::sm90" in name]) == 2  # forward and backward
+    assert not any("activate_" in name for name in names)
     with native.fusing(False):
-        assert any("activate_" in name for name in kernels_of(call))
+        assert any("activate_" in name for name in kernels_of(lambda: run(call)))
 
 
 # A width that TMA cannot address takes the portable products, and says nothing.
 def test_other_widths_are_served_as_before():
     judged(build("bfloat16", batch=2, tokens=50, width=131, hidden=131))
+    folds(build("bfloat16", batch=2, tokens=50, width=131, hidden=131), served=False)
+
+
+def folds(call, op=OP, served=True, **how):
+    """The op with its norm folded is within the contract, and runs one product and the norm's statistics."""
+    with native.folding(True):
+        within_contract(op, call, partial(getattr(ops, op), fold=True), **how)
+        with torch.no_grad():
+            names = kernels_of(lambda: getattr(ops, op)(**call, fold=True))
+    assert served == any("Finish" in name for name in names), names
+    assert not served or not any("activate_" in name for name in names)
+
+
+# All that the folded form sees of a call; a gate has the norm in a pass of its own.
+FOLDED_CELLS = pairwise(
+    lambda cell: cell["norm"] == "layer_norm" or cell["affine"] != "weight and bias",
+    mode=HALF,
+    activation=(*ACTIVATIONS, "swiglu"),
+    norm=("layer_norm", "rms_norm"),
+    affine=("weight and bias", "weight", None),
+    biases=(True, False),
+    tokens=(1, 2, 17, 128, 197, 257),
+    batch=(1, 3),
+    width=(64, 192, 328),
+    hidden=(8, 128, 768, 1000),
+)
+
+
+@pytest.mark.parametrize("cell", FOLDED_CELLS, ids=op_cases.name)
+def test_every_option_with_the_norm_folded(cell):
+    cell = dict(cell)
+    folds(build(cell.pop("mode"), **cell), served=cell["activation"] != "swiglu")
+
+
+@pytest.mark.parametrize("mode", HALF)
+@pytest.mark.parametrize("width", [384, 768, 1024])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_the_shapes_of_models_with_the_norm_folded(mode, width, batch):
+    size = {"batch": batch, "tokens": 197, "width": width}
+    folds(build(mode, **size, hidden=4 * width))
+    folds(build(mode, LINEAR, **size, out=3 * width), LINEAR)
+
+
+@pytest.mark.parametrize("op", [OP, LINEAR])
+@pytest.mark.parametrize(("mode", "regime"), REGIMES)
+def test_every_regime_with_the_norm_folded(op, mode, regime):
+    call = on_device(op_cases.regime_call(op, regime, MODES[mode][0], tokens=197))
+    folds(call, op, offset_regime=regime == "mean_offset")
+
+
+# The regimes' mean is thirty deviations; how a tensor core rounds its sums decides what of a hundred is left.
+@pytest.mark.parametrize("mode", HALF)
+def test_a_mean_of_a_hundred_deviations_with_the_norm_folded(mode):
+    call = build(mode, LINEAR, batch=2, tokens=197, width=768, out=2304)
+    folds(call | {"x": call["x"] + 100}, LINEAR)
+
+
+def test_an_edit_is_seen_with_the_norm_folded():
+    call = build("bfloat16", batch=2, tokens=197, width=384, hidden=1536)
+    for name in ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias"):
+        folds(call)
+        call[name][0] += 1
+    folds(call)
 
 
 def test_in_a_graph():

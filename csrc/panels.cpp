@@ -1,0 +1,138 @@
+// See panels.h. FASTVIT_LEVEL names the vector instructions that this compilation may use.
+#include "panels.h"
+
+#include <algorithm>
+
+#include "activations.h"
+
+#define FASTVIT_SIMD _Pragma("omp simd")
+
+namespace fastvit::FASTVIT_LEVEL {
+namespace {
+
+using Size = std::int64_t;
+typedef float Vector __attribute__((vector_size(32), aligned(4)));  // half a row of a panel
+
+constexpr Size kStrip = 6;    // rows: twelve vectors of sums, two of the panel, one of x
+constexpr Size kAhead = 12;   // steps before which a panel is fetched
+
+struct Identity {
+  static float value(float x) { return x; }
+};
+
+// Rows of x from `row`, columns from `column`, as strips: [rows / 6][depth][6], the last one of what is left.
+void pack(const float* x, Size stride, Size rows, Size depth, float* strips) {
+  for (Size row = 0; row < rows; row += kStrip) {
+    const Size height = std::min(kStrip, rows - row);
+    for (Size step = 0; step < depth; ++step) {
+      for (Size i = 0; i < height; ++i) *strips++ = x[(row + i) * stride + step];
+    }
+  }
+}
+
+// Where a strip's sums with a panel go. Before the last part of the depth `out` holds sums.
+struct Target {
+  float* out;
+  const float *bias, *residual;
+  Size stride;
+  bool first, last;
+};
+
+template <typename Function>
+void finish(const float (&sums)[kPanel], const Target& to, Size row) {
+  float* out = to.out + row * to.stride;
+  const float* residual = to.residual ? to.residual + row * to.stride : nullptr;
+  if (to.bias && residual) {
+    FASTVIT_SIMD
+    for (Size i = 0; i < kPanel; ++i) out[i] = residual[i] + Function::value(sums[i] + to.bias[i]);
+  } else if (to.bias) {
+    FASTVIT_SIMD
+    for (Size i = 0; i < kPanel; ++i) out[i] = Function::value(sums[i] + to.bias[i]);
+  } else if (residual) {
+    FASTVIT_SIMD
+    for (Size i = 0; i < kPanel; ++i) out[i] = residual[i] + Function::value(sums[i]);
+  } else {
+    FASTVIT_SIMD
+    for (Size i = 0; i < kPanel; ++i) out[i] = Function::value(sums[i]);
+  }
+}
+
+// A strip of kHeight rows by a panel.
+template <Size kHeight, typename Function>
+void multiply(const float* strip, const float* panel, Size depth, const Target& to) {
+  Vector sums[kHeight][2] = {};
+  for (Size step = 0; step < depth; ++step) {
+    __builtin_prefetch(panel + kAhead * kPanel);
+    const Vector left = *reinterpret_cast<const Vector*>(panel), right = *reinterpret_cast<const Vector*>(panel + 8);
+#pragma GCC unroll 6
+    for (Size i = 0; i < kHeight; ++i) {
+      sums[i][0] += strip[i] * left;
+      sums[i][1] += strip[i] * right;
+    }
+    strip += kHeight;
+    panel += kPanel;
+  }
+#pragma GCC unroll 6
+  for (Size i = 0; i < kHeight; ++i) {
+    float row[kPanel];
+    *reinterpret_cast<Vector*>(row) = sums[i][0];
+    *reinterpret_cast<Vector*>(row + 8) = sums[i][1];
+    float* out = to.out + i * to.stride;
+    if (!to.first) {
+      FASTVIT_SIMD
+      for (Size j = 0; j < kPanel; ++j) row[j] += out[j];
+    }
+    if (to.last) {
+      finish<Function>(row, to, i);
+    } else {
+      std::copy(row, row + kPanel, out);
+    }
+  }
+}
+
+template <typename Function>
+void multiply_any(Size height, const float* strip, const float* panel, Size depth, const Target& to) {
+  switch (height) {
+    case 1: return multiply<1, Function>(strip, panel, depth, to);
+    case 2: return multiply<2, Function>(strip, panel, depth, to);
+    case 3: return multiply<3, Function>(strip, panel, depth, to);
+    case 4: return multiply<4, Function>(strip, panel, depth, to);
+    case 5: return multiply<5, Function>(strip, panel, depth, to);
+    default: return multiply<kStrip, Function>(strip, panel, depth, to);
+  }
+}
+
+template <typename Function>
+void run_with(const PanelProduct& p, Size first, Size last, float* scratch) {
+  // Blocks of rows as even as they can be in whole strips.
+  const Size strips = (p.rows + kStrip - 1) / kStrip, blocks = (p.rows + kPanelRows - 1) / kPanelRows;
+  const Size block = (strips + blocks - 1) / blocks * kStrip;
+  for (Size row = 0; row < p.rows; row += block) {
+    const Size rows = std::min(block, p.rows - row);
+    for (Size begin = 0; begin < p.depth; begin += kPanelDepth) {
+      const Size depth = std::min(kPanelDepth, p.depth - begin);
+      pack(p.x + row * p.depth + begin, p.depth, rows, depth, scratch);
+      for (Size n = first; n < last; ++n) {
+        const float* panel = p.panels + (n * p.depth + begin) * kPanel;
+        const Size column = n * kPanel;
+        for (Size i = 0; i < rows; i += kStrip) {
+          const Size at = (row + i) * p.width + column;
+          const Target to{p.out + at, p.bias ? p.bias + column : nullptr, p.residual ? p.residual + at : nullptr,
+                          p.width, begin == 0, begin + depth == p.depth};
+          multiply_any<Function>(std::min(kStrip, rows - i), scratch + i * depth, panel, depth, to);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_panels(const PanelProduct& product, Size first, Size last, float* scratch) {
+  if (!product.activation) return run_with<Identity>(product, first, last, scratch);
+  choose_activation<Gelu>(*product.activation, [&](auto function) {
+    run_with<decltype(function)>(product, first, last, scratch);
+  });
+}
+
+}  // namespace fastvit::FASTVIT_LEVEL
