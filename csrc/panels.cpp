@@ -15,6 +15,7 @@ typedef float Vector __attribute__((vector_size(32), aligned(4)));  // half a ro
 
 constexpr Size kStrip = 6;    // rows: twelve vectors of sums, two of the panel, one of x
 constexpr Size kAhead = 12;   // steps before which a panel is fetched
+constexpr Size kLine = 64;    // bytes
 
 struct Identity {
   static float value(float x) { return x; }
@@ -103,24 +104,25 @@ void multiply_any(Size height, const float* strip, const float* panel, Size dept
 }
 
 template <typename Function>
-void run_with(const PanelProduct& p, Size first, Size last, float* scratch) {
-  // Blocks of rows as even as they can be in whole strips.
-  const Size strips = (p.rows + kStrip - 1) / kStrip, blocks = (p.rows + kPanelRows - 1) / kPanelRows;
-  const Size block = (strips + blocks - 1) / blocks * kStrip;
-  for (Size row = 0; row < p.rows; row += block) {
-    const Size rows = std::min(block, p.rows - row);
-    for (Size begin = 0; begin < p.depth; begin += kPanelDepth) {
-      const Size depth = std::min(kPanelDepth, p.depth - begin);
-      pack(p.x + row * p.depth + begin, p.depth, rows, depth, scratch);
-      for (Size n = first; n < last; ++n) {
-        const float* panel = p.panels + (n * p.depth + begin) * kPanel;
-        const Size column = n * kPanel;
-        for (Size i = 0; i < rows; i += kStrip) {
-          const Size at = (row + i) * p.width + column;
-          const Target to{p.out + at, p.bias ? p.bias + column : nullptr, p.residual ? p.residual + at : nullptr,
-                          p.width, begin == 0, begin + depth == p.depth};
-          multiply_any<Function>(std::min(kStrip, rows - i), scratch + i * depth, panel, depth, to);
+void run_with(const PanelProduct& p, const PanelShare& share, float* scratch) {
+  for (Size begin = 0; begin < p.depth; begin += kPanelDepth) {
+    const Size depth = std::min(kPanelDepth, p.depth - begin);
+    pack(p.x + share.row * p.depth + begin, p.depth, share.rows, depth, scratch);
+    for (Size n = share.first; n < share.last; ++n) {
+      const float* panel = p.panels + (n * p.depth + begin) * kPanel;
+      const Size column = n * kPanel;
+      // The next panel's part is fetched meanwhile, a strip's share at a time: it comes from memory.
+      const char* next = reinterpret_cast<const char*>(panel + (n + 1 < share.last ? p.depth * kPanel : 0));
+      const Size lines = depth * kPanel * Size(sizeof(float)) / kLine, strips = (share.rows + kStrip - 1) / kStrip;
+      Size line = 0;
+      for (Size i = 0; i < share.rows; i += kStrip) {
+        for (const Size end = (i / kStrip + 1) * lines / strips; line < end; ++line) {
+          __builtin_prefetch(next + line * kLine, 0, 2);
         }
+        const Size at = (share.row + i) * p.width + column;
+        const Target to{p.out + at, p.bias ? p.bias + column : nullptr, p.residual ? p.residual + at : nullptr,
+                        p.width, begin == 0, begin + depth == p.depth};
+        multiply_any<Function>(std::min(kStrip, share.rows - i), scratch + i * depth, panel, depth, to);
       }
     }
   }
@@ -128,10 +130,10 @@ void run_with(const PanelProduct& p, Size first, Size last, float* scratch) {
 
 }  // namespace
 
-void multiply_panels(const PanelProduct& product, Size first, Size last, float* scratch) {
-  if (!product.activation) return run_with<Identity>(product, first, last, scratch);
+void multiply_panels(const PanelProduct& product, const PanelShare& share, float* scratch) {
+  if (!product.activation) return run_with<Identity>(product, share, scratch);
   choose_activation<Gelu>(*product.activation, [&](auto function) {
-    run_with<decltype(function)>(product, first, last, scratch);
+    run_with<decltype(function)>(product, share, scratch);
   });
 }
 

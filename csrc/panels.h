@@ -23,18 +23,22 @@ struct PanelProduct {
   std::optional<Activation> activation;
 };
 
-// Rows of x by columns that one thread holds as strips: 192 KB of a level-two cache, and of a panel 16 KB of a
+// Rows of x by columns that one thread holds as strips: 204 KB of a level-two cache, and of a panel 16 KB of a
 // level-one cache.
-constexpr std::int64_t kPanelRows = 192, kPanelDepth = 256;
+constexpr std::int64_t kPanelRows = 204, kPanelDepth = 256;
 
-// One namespace for each level of vector instructions that panels.cpp was compiled for. The columns of panels
-// [first, last), on one thread, with kPanelRows * kPanelDepth floats beside. No number depends on how panels are
-// shared out.
+// At most kPanelRows rows from `row`, by the panels [first, last). No number depends on how a product is shared out.
+struct PanelShare {
+  std::int64_t row, rows, first, last;
+};
+
+// One namespace for each level of vector instructions that panels.cpp was compiled for. On one thread, with
+// kPanelRows * kPanelDepth floats beside.
 namespace base {
-void multiply_panels(const PanelProduct& product, std::int64_t first, std::int64_t last, float* scratch);
+void multiply_panels(const PanelProduct& product, const PanelShare& share, float* scratch);
 }
 namespace v3 {
-void multiply_panels(const PanelProduct& product, std::int64_t first, std::int64_t last, float* scratch);
+void multiply_panels(const PanelProduct& product, const PanelShare& share, float* scratch);
 }
 
 }  // namespace fastvit

@@ -5,6 +5,7 @@
 // weights, and an activation or a residual in its epilogue.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <memory>
 #include <new>
 
@@ -18,19 +19,48 @@ namespace {
 
 using torch::stable::detail::from;
 
+constexpr auto kLine = std::align_val_t(64);
+
+struct Free {
+  void operator()(float* scratch) const { ::operator delete(scratch, kLine); }
+};
+
 template <std::size_t N>
 Tensor call(const char* op, const char* overload, std::array<StableIValue, N> arguments) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, arguments.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-void multiply_panels(const PanelProduct& product, std::int64_t first, std::int64_t last, float* scratch) {
+void multiply_panels(const PanelProduct& product, const PanelShare& share, float* scratch) {
 #if defined(FASTVIT_LEVELS)
   static const auto best = __builtin_cpu_supports("x86-64-v3") ? v3::multiply_panels : base::multiply_panels;
-  best(product, first, last, scratch);
+  best(product, share, scratch);
 #else
-  base::multiply_panels(product, first, last, scratch);
+  base::multiply_panels(product, share, scratch);
 #endif
+}
+
+// Blocks of whole strips, as even as they can be; of fewer blocks than threads each is shared out by panels. Who is
+// done takes the next share, as another program may have slowed the other thread.
+void multiply_panels(const PanelProduct& product) {
+  constexpr std::int64_t kStrip = 6;
+  const auto divide = [](std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; };
+  const std::int64_t panels = product.width / kPanel, threads = torch::stable::get_num_threads();
+  const std::int64_t blocks = divide(product.rows, kPanelRows);
+  const std::int64_t rows = divide(divide(product.rows, kStrip), blocks) * kStrip;
+  const std::int64_t parts = std::min(panels, divide(threads, blocks));
+  std::atomic<std::int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, blocks * parts), 1, [&](std::int64_t begin, std::int64_t end) {
+    constexpr std::size_t size = kPanelRows * kPanelDepth * sizeof(float);
+    static thread_local const std::unique_ptr<float, Free> scratch(static_cast<float*>(::operator new(size, kLine)));
+    if (begin == end) return;
+    for (std::int64_t i = next++; i < blocks * parts; i = next++) {
+      const std::int64_t row = i / parts * rows, part = i % parts;
+      const PanelShare share{row, std::min(rows, product.rows - row), part * panels / parts,
+                             (part + 1) * panels / parts};
+      multiply_panels(product, share, scratch.get());
+    }
+  });
 }
 
 // oneDNN takes rows or columns of a weight one after the other, and of a bias no strides.
@@ -87,15 +117,7 @@ Tensor by_panels(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   const PanelProduct product{floats(rows),        floats(panels), floats(vector), floats(beside),
                              static_cast<float*>(out.mutable_data_ptr()), out.size(0), x.size(1), out.size(1),
                              activation};
-  constexpr auto line = std::align_val_t(64);
-  struct Free {
-    void operator()(float* scratch) const { ::operator delete(scratch, line); }
-  };
-  torch::stable::parallel_for(0, weight.size(0), 1, [&](std::int64_t first, std::int64_t last) {
-    constexpr std::size_t size = kPanelRows * kPanelDepth * sizeof(float);
-    static thread_local const std::unique_ptr<float, Free> scratch(static_cast<float*>(::operator new(size, line)));
-    if (first < last) multiply_panels(product, first, last, scratch.get());
-  });
+  if (out.numel() != 0) multiply_panels(product);
   return out;
 }
 

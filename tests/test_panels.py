@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,19 +52,19 @@ def case(rows, depth, width):
     return x, weight * depth**-0.5, bias, residual
 
 
-def multiply(library, x, weight, bias=None, residual=None, activation=None, shares=1):
-    """In memory that holds nan before and behind, by so many threads' worth of panels."""
+def multiply(library, x, weight, bias=None, residual=None, activation=None, shares=1, height=204):
+    """In memory that holds nan before and behind, by so many shares of the panels and of blocks so high."""
     (rows, depth), width, panels = x.shape, len(weight), native.panels(weight)
     room = torch.full((rows + 2, width), torch.nan)
-    scratch = torch.full((192 * 256,), torch.nan)
+    scratch = torch.full((204 * 256,), torch.nan)
     bounds = torch.linspace(0, len(panels), shares + 1).int().tolist()
     given = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, panels, bias, residual, room[1:])
     ]
     sizes = [ctypes.c_int64(size) for size in (rows, depth, width)]
     chosen = ctypes.c_int(ACTIVATIONS.index(activation) - 1)
-    for share in pairwise(bounds):
-        shared = [ctypes.c_int64(bound) for bound in share]
+    for row, share in product(range(0, rows, height), pairwise(bounds)):
+        shared = [ctypes.c_int64(number) for number in (row, min(height, rows - row), *share)]
         library.multiply(*given, *sizes, chosen, *shared, ctypes.c_void_p(scratch.data_ptr()))
     assert room[[0, -1]].isnan().all()
     return room[1:-1]
@@ -102,8 +102,8 @@ def test_activations(library, activation):
 def test_the_bits_do_not_depend_on_the_threads(library):
     x, weight, bias, residual = case(197, 300, 16 * 7)
     one = multiply(library, x, weight, bias, residual, "gelu")
-    for shares in (2, 3, 7):
-        assert torch.equal(multiply(library, x, weight, bias, residual, "gelu", shares), one)
+    for shares, height in ((2, 204), (3, 102), (7, 6), (1, 12)):
+        assert torch.equal(multiply(library, x, weight, bias, residual, "gelu", shares, height), one)
 
 
 @needs_compiler

@@ -3,9 +3,11 @@
     python -m fastvit_benchmarks.tables.measure_cpu kernels/measured/cpu.json
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table.
+tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table, and rows of
+other kinds of CPU stay in it.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,7 +86,8 @@ class Variant(halves.Half):
 
 
 def cases() -> Iterator[Variant]:
-    for op, dtype in product(BESIDE, ("float32", "bfloat16")):
+    dtypes = ("float32", *(["bfloat16"] if native_backend.multiplies_bfloat16() else []))
+    for op, dtype in product(BESIDE, dtypes):
         for beside, direction, width, rows in product(BESIDE[op], ("fwd", "bwd"), WIDTHS, ROWS):
             yield Variant(direction, dtype, 1, rows, width, op, beside)
 
@@ -120,7 +123,9 @@ def main(
     notes = {"gpu": native_backend.machine_name("cpu"), "torch": torch.__version__, "triton": ""}
     notes |= {"date": date.today().isoformat(), "commit": machine().commit}
     rows = table(points(found), notes, least=RATIO)
-    files.write_rows(file, [row for row in rows if not row["ok"] or row["ratio"] >= RATIO])
+    others = json.loads(file.read_text()) if file.exists() else []
+    rows = [row for row in rows if not row["ok"] or row["ratio"] >= RATIO]
+    files.write_rows(file, [*(row for row in others if row["gpu"] != notes["gpu"]), *rows])
 
 
 if __name__ == "__main__":
