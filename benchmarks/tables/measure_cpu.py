@@ -3,8 +3,8 @@
     python -m fastvit_benchmarks.tables.measure_cpu kernels/measured/cpu.json
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table, and rows of
-other kinds of CPU stay in it.
+tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table, and rows
+of other kinds of CPU stay in it.
 """
 
 import json

@@ -5,8 +5,8 @@
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
 and float32, forward and backward, at batches of 1 to 256. Before them, on Hopper, whether fc1 is to have its
 activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded").
-kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this one
-ended.
+kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this
+one ended.
 """
 
 import hashlib
