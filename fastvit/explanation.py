@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from . import measurements, native_backend
 from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, typed_weights_of, why_left_alone
 from .accelerate.example import Inputs, as_call, example_input
 from .accelerate.registry import load_families
@@ -44,10 +45,12 @@ class Explanation:
 
     rows: tuple[Row, ...]
     coverage: Coverage
+    compiler: str = ""  # what was measured of torch.compile over such a model, if it loses
 
     def to_json(self) -> str:
-        """The rows and the coverage."""
-        return json.dumps({"coverage": self.coverage._asdict(), "rows": [asdict(row) for row in self.rows]})
+        """The rows, the coverage and what is said of the compiler."""
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"coverage": self.coverage._asdict(), "rows": rows, "compiler": self.compiler})
 
     def __str__(self) -> str:
         lines = [("module", "op", "backend", "reason"), *((*key, reason) for key, reason in self._grouped())]
@@ -80,7 +83,10 @@ class Explanation:
         flops = "" if self.coverage.flops is None else f", {self.coverage.flops:.0%} of the FLOPs"
         unmeasured = any("not measured" in row.reason for row in self.rows)
         advice = "; `fastvit tune` measures what was not measured here" if unmeasured else ""
-        return f"kernels of fastvit can serve {self.coverage.blocks:.0%} of the blocks{flops}{advice}"
+        compiler = f"; {self.compiler}" if self.compiler else ""
+        return (
+            f"kernels of fastvit can serve {self.coverage.blocks:.0%} of the blocks{flops}{advice}{compiler}"
+        )
 
 
 def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) -> Explanation:
@@ -111,7 +117,21 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
     blocks = list(blocks_of(model))
     served = {name for name in blocks if _is_served(name, rows)}
     shares = Coverage(len(served) / len(blocks) if blocks else 0.0, _share(served, flops))
-    return Explanation(tuple(sorted(rows, key=_order(model))), shares)
+    compiler = "" if arch else _of_the_compiler(model, blocks)
+    return Explanation(tuple(sorted(rows, key=_order(model))), shares, compiler)
+
+
+def _of_the_compiler(model: nn.Module, blocks: list[str]) -> str:
+    """A word where torch.compile was measured to be slower over such a model than over the original."""
+    weights = (p for name in blocks for p in model.get_submodule(name).parameters() if p.ndim == 2)
+    weight = next(weights, None)
+    if weight is None or weight.device.type not in ("cpu", "cuda"):
+        return ""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    asked = ("model", native_backend.machine_name(weight.device.type), dtype, ("fwd",), "compiled")
+    said = measurements.refusal(*asked, {"width": weight.shape[-1]})
+    lost = said is not None and said.startswith("measured")
+    return f"torch.compile is faster over the original model: over this one {said}" if lost else ""
 
 
 def _is_served(block: str, rows: list[Row]) -> bool:
