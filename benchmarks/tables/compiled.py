@@ -1,6 +1,6 @@
 """torch.compile over accelerated models beside torch.compile over the originals: what `explain` says of it.
 
-    python -m fastvit_benchmarks.tables.compiled RESULTS kernels/measured/compiled.json
+python -m fastvit_benchmarks.tables.compiled RESULTS kernels/measured/compiled.json
 """
 
 from pathlib import Path
