@@ -4,7 +4,8 @@ import statistics
 import subprocess
 import sys
 
-LIMIT_S = 0.15
+# Of what torch's own import takes here: machines differ by half.
+SHARE = 0.09
 
 
 def python(code, *options):
@@ -51,8 +52,13 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_costs_little_over_torch():
-    # Processor time, with torch already there, and a median: other workers share the machine.
-    code = (
-        "import time, torch; start = time.process_time(); import fastvit; print(time.process_time() - start)"
-    )
-    assert statistics.median(float(python(code)) for _ in range(5)) < LIMIT_S
+    # Processor time, and a median: other workers share the machine.
+    code = """
+from time import process_time
+begin = process_time()
+import torch
+between = process_time()
+import fastvit
+print((process_time() - between) / (between - begin))
+"""
+    assert statistics.median(float(python(code)) for _ in range(5)) < SHARE
