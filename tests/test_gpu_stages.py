@@ -193,7 +193,7 @@ from fastvit_benchmarks.gpu import __main__ as gpu, supervised
 from stage_programs import FACTS, HANGING, stage
 supervised.GRACE = 0.5
 signal.signal(signal.SIGTERM, gpu._interrupt)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 hanging = stage("ops", HANGING.format(file={file!r}, then="time.sleep(600)"))
 table = (stage("build", "print('built')"), hanging, stage("model", "print('never')"))
 sys.exit(gpu.run(FACTS, table, Path({folder!r}), Console(width=150), limit=60))
