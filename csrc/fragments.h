@@ -12,27 +12,11 @@
 
 namespace fastvit {
 
-template <typename Use>
-FASTVIT_HOST_DEVICE void with_half_activation(Activation activation, const Use& use) {
-  switch (activation) {
-    case Activation::kGelu:
-      return use(GeluHalf());
-    case Activation::kGeluTanh:
-      return use(GeluTanh());
-    case Activation::kQuickGelu:
-      return use(QuickGelu());
-    case Activation::kSilu:
-      return use(Silu());
-    case Activation::kRelu:
-      return use(Relu());
-  }
-}
-
 // activation(x).
 template <typename Fragment>
 FASTVIT_HOST_DEVICE Fragment activated_fragment(const Fragment& x, Activation activation) {
   Fragment y;
-  with_half_activation(activation, [&](auto function) {
+  choose_activation<GeluHalf>(activation, [&](auto function) {
     for (int i = 0; i < int(x.size()); ++i) y[i] = decltype(function)::value(x[i]);
   });
   return y;
@@ -43,7 +27,7 @@ template <typename Fragment>
 FASTVIT_HOST_DEVICE Fragment differentiated_fragment(const Fragment& grad, const Fragment& x, Activation activation,
                                                      Fragment& activated) {
   Fragment dx;
-  with_half_activation(activation, [&](auto function) {
+  choose_activation<GeluHalf>(activation, [&](auto function) {
     for (int i = 0; i < int(x.size()); ++i) {
       float slope;
       activated[i] = decltype(function)::both(x[i], slope);

@@ -11,9 +11,9 @@ namespace fastvit::FASTVIT_LEVEL {
 namespace {
 
 using Size = std::int64_t;
+// A strip by a panel: twelve vectors of sums, two of the panel, one of x.
 typedef float Vector __attribute__((vector_size(32), aligned(4)));  // half a row of a panel
 
-constexpr Size kStrip = 6;    // rows: twelve vectors of sums, two of the panel, one of x
 constexpr Size kAhead = 12;   // steps before which a panel is fetched
 constexpr Size kLine = 64;    // bytes
 

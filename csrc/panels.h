@@ -13,7 +13,7 @@
 
 namespace fastvit {
 
-constexpr std::int64_t kPanel = 16;
+constexpr std::int64_t kPanel = 16, kStrip = 6;
 
 // Contiguous; bias and residual may be null, and residual may not be out.
 struct PanelProduct {

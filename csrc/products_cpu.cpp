@@ -43,7 +43,6 @@ void multiply_panels(const PanelProduct& product, const PanelShare& share, float
 // Blocks of whole strips, as even as they can be; of fewer blocks than threads each is shared out by panels. Who is
 // done takes the next share, as another program may have slowed the other thread.
 void multiply_panels(const PanelProduct& product) {
-  constexpr std::int64_t kStrip = 6;
   const auto divide = [](std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; };
   const std::int64_t panels = product.width / kPanel, threads = torch::stable::get_num_threads();
   const std::int64_t blocks = divide(product.rows, kPanelRows);

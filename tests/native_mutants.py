@@ -155,8 +155,6 @@ MUTANTS = [Mutant(file, *row) for file, rows in _ROWS.items() for row in rows]
 # Of what is on a GPU alone: the check is one of test_fc1.py's.
 _FC1 = {
     "fragments.h": [
-        ("tanh for erf", "use(GeluHalf())", "use(GeluTanh())", "gelu"),
-        ("gelu for quick_gelu", "use(QuickGelu())", "use(GeluHalf())", "quick_gelu"),
         ("a neighbour's number", "::value(x[i])", "::value(x[i & ~1])", "contract"),
         ("slope dropped", "= grad[i] * slope;", "= grad[i];", "contract"),
         (
@@ -169,6 +167,8 @@ _FC1 = {
         ("slope for the activation", "= grad[i] * slope;", "= grad[i] * (activated[i] = slope);", "contract"),
     ],
     "activations.h": [
+        ("tanh for erf", "use(OneGelu())", "use(GeluTanh())", "gelu"),
+        ("gelu for quick_gelu", "use(QuickGelu())", "use(OneGelu())", "quick_gelu"),
         ("a digit of the polynomial", "s * (0.0729398617f", "s * (0.073f", "gelu"),
         ("a three of its slope dropped", "3.0f * 0.0729398617f", "0.0729398617f", "contract"),
     ],
