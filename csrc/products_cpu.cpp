@@ -5,25 +5,17 @@
 // weights, and an activation or a residual in its epilogue.
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <memory>
-#include <new>
 
 #include "panels.h"
 #include "products.h"
 #include "row_loops.h"
 #include "scope.h"
+#include "shares.h"
 
 namespace fastvit {
 namespace {
 
 using torch::stable::detail::from;
-
-constexpr auto kLine = std::align_val_t(64);
-
-struct Free {
-  void operator()(float* scratch) const { ::operator delete(scratch, kLine); }
-};
 
 template <std::size_t N>
 Tensor call(const char* op, const char* overload, std::array<StableIValue, N> arguments) {
@@ -31,34 +23,28 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, N> ar
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
-void multiply_panels(const PanelProduct& product, const PanelShare& share, float* scratch) {
+void multiply_panels(const PanelProduct& product, const PanelShare& share) {
 #if defined(FASTVIT_LEVELS)
   static const auto best = __builtin_cpu_supports("x86-64-v3") ? v3::multiply_panels : base::multiply_panels;
-  best(product, share, scratch);
+  best(product, share);
 #else
-  base::multiply_panels(product, share, scratch);
+  base::multiply_panels(product, share);
 #endif
 }
 
-// Blocks of whole strips, as even as they can be; of fewer blocks than threads each is shared out by panels. Who is
-// done takes the next share, as another program may have slowed the other thread.
+// Blocks of whole strips, as even as they can be, by a few panels at a time.
 void multiply_panels(const PanelProduct& product) {
+  constexpr std::int64_t most = 12;  // panels by which what is read of x pays, sums of a share still in a near cache
   const auto divide = [](std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; };
   const std::int64_t panels = product.width / kPanel, threads = torch::stable::get_num_threads();
   const std::int64_t blocks = divide(product.rows, kPanelRows);
   const std::int64_t rows = divide(divide(product.rows, kStrip), blocks) * kStrip;
-  const std::int64_t parts = std::min(panels, divide(threads, blocks));
-  std::atomic<std::int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, blocks * parts), 1, [&](std::int64_t begin, std::int64_t end) {
-    constexpr std::size_t size = kPanelRows * kPanelDepth * sizeof(float);
-    static thread_local const std::unique_ptr<float, Free> scratch(static_cast<float*>(::operator new(size, kLine)));
-    if (begin == end) return;
-    for (std::int64_t i = next++; i < blocks * parts; i = next++) {
-      const std::int64_t row = i / parts * rows, part = i % parts;
-      const PanelShare share{row, std::min(rows, product.rows - row), part * panels / parts,
-                             (part + 1) * panels / parts};
-      multiply_panels(product, share, scratch.get());
-    }
+  const std::int64_t together = std::clamp<std::int64_t>(panels * blocks / (threads * kSharesAThread), 1, most);
+  const std::int64_t parts = divide(panels, together);
+  share_out(blocks * parts, [&](std::int64_t share, std::int64_t) {
+    const std::int64_t row = share / parts * rows, part = share % parts;
+    multiply_panels(product, {row, std::min(rows, product.rows - row), part * panels / parts,
+                              (part + 1) * panels / parts});
   });
 }
 
@@ -176,7 +162,9 @@ Activated linear_activated(const Tensor& x, const Tensor& weight, const Optional
                            Activation activation, bool keep_before, bool, bool) {
   if (has_panels(weight) && !keep_before) return {by_panels(x, weight, bias, {}, activation), {}};
   const std::optional<Post> post = post_for(activation);
-  if (post && !keep_before && is_onednn(x) && !has_panels(weight)) return {onednn(x, weight, bias, post->name, post->form), {}};
+  if (post && !keep_before && is_onednn(x) && !has_panels(weight)) {
+    return {onednn(x, weight, bias, post->name, post->form), {}};
+  }
   const Tensor before = product(x, weight, bias);
   return {activate(before, {}, activation), keep_before ? OptionalTensor(before) : std::nullopt};
 }

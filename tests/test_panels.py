@@ -56,7 +56,6 @@ def multiply(library, x, weight, bias=None, residual=None, activation=None, shar
     """In memory that holds nan before and behind, by so many shares of the panels and of blocks so high."""
     (rows, depth), width, panels = x.shape, len(weight), native.panels(weight)
     room = torch.full((rows + 2, width), torch.nan)
-    scratch = torch.full((204 * 256,), torch.nan)
     bounds = torch.linspace(0, len(panels), shares + 1).int().tolist()
     given = [
         None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, panels, bias, residual, room[1:])
@@ -65,7 +64,7 @@ def multiply(library, x, weight, bias=None, residual=None, activation=None, shar
     chosen = ctypes.c_int(ACTIVATIONS.index(activation) - 1)
     for row, share in product(range(0, rows, height), pairwise(bounds)):
         shared = [ctypes.c_int64(number) for number in (row, min(height, rows - row), *share)]
-        library.multiply(*given, *sizes, chosen, *shared, ctypes.c_void_p(scratch.data_ptr()))
+        library.multiply(*given, *sizes, chosen, *shared)
     assert room[[0, -1]].isnan().all()
     return room[1:-1]
 
@@ -169,7 +168,8 @@ MUTANTS = [
     Mutant("sums forgotten", "if (!to.first) {", "if (false) {"),
     Mutant("sums of before", "if (!to.first) {", "if (true) {"),
     Mutant("finished too early", "if (to.last) {", "if (true) {"),
-    Mutant("always the first strip", "scratch + i * depth", "scratch"),
+    Mutant("always the first strip", "p.x + row * p.depth + begin", "p.x + begin"),
+    Mutant("always the first part", "p.x + row * p.depth + begin", "p.x + row * p.depth"),
     Mutant("the part before", "(n * p.depth + begin) * kPanel", "n * p.depth * kPanel"),
     Mutant("bias of another panel", "p.bias + column", "p.bias"),
     Mutant("activation of the whole sum", "residual[i] + Function::value(sums[i] + to.bias[i])",
