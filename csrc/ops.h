@@ -40,4 +40,8 @@ Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor 
                            OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
                            std::string activation, std::string norm, std::int64_t needs, bool fused, bool tf32);
 
+// On a CPU alone, forward, float32: softmax(scale q k^T + mask) v of q [B, H, N, d], k and v [B, H, M, d], as
+// [B, N, H, d]. The mask [B, H, N, M], of any strides, is added; a row without a key gives zeros.
+Tensor attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor mask, bool causal, double scale);
+
 }  // namespace fastvit

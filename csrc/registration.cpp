@@ -19,7 +19,10 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
 #if defined(FASTVIT_BUILD_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CUDA, library) { register_ops(library); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, library) { register_ops(library); }
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, library) {
+  register_ops(library);
+  library.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastvit_native, MkldnnCPU, library) { register_ops(library); }
 #endif
 

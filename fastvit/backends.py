@@ -33,13 +33,14 @@ class Backend(NamedTuple):
     """One row: a name, and functions of the call that answer None or the reason why not.
 
     ``can_run``: why it cannot run. ``worth``: why "auto" leaves it, though it can. ``device``: the kind that
-    it is made for.
+    it is made for. ``partial``: named for every op at once, it leaves the calls that it cannot run to "auto".
     """
 
     name: str
     can_run: Callable[..., str | None]
     worth: Callable[..., str | None] = _always
     device: str | None = None
+    partial: bool = False
 
 
 def _native(op: str) -> tuple[Backend, Backend]:
@@ -65,6 +66,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "layer_norm_linear": (*_native("layer_norm_linear"), _REFERENCE),
     "attention": (
         Backend("triton", triton_backend.can_run_attention, triton_backend.worth_attention, "cuda"),
+        Backend("cpp", native_backend.can_run_attention, native_backend.worth_attention, "cpu", partial=True),
         _REFERENCE,
     ),
     "linear_residual": (*_native("linear_residual"), _REFERENCE),
@@ -126,8 +128,9 @@ class use_backend:
         with fastvit.use_backend(attention="triton"): ...
 
     A backend named here never falls back: where it cannot run, the op raises ``BackendUnavailable``
-    with the reason. Ops that have no backend of that name resolve as "auto". The setting holds for the
-    whole process, not for one thread.
+    with the reason. Ops that have no backend of that name resolve as "auto", and so do calls of attention
+    that "cpp" does not serve unless it is named for attention itself: it is for inference in float32. The
+    setting holds for the whole process, not for one thread.
 
     Raises:
         ValueError: for an unknown op or backend.
@@ -161,15 +164,20 @@ class use_backend:
 
 def requested(op: str) -> str:
     """The backend that the innermost ``use_backend``, else the environment, names for this op."""
+    return _asked(op)[0]
+
+
+def _asked(op: str) -> tuple[str, bool]:
+    """That, and whether the op itself was named beside it."""
     if not _stack and not _environment:
-        return "auto"
+        return "auto", False
     if isinstance(_environment, ValueError):
         raise _environment
     for frame in (*reversed(_stack), _environment):
         name = frame.get(op) or frame.get("*")
         if name is not None:
-            return name if name in [row.name for row in TABLE[op]] else "auto"
-    return "auto"
+            return (name, op in frame) if name in [row.name for row in TABLE[op]] else ("auto", False)
+    return "auto", False
 
 
 def kernels_for(device: str) -> dict[str, str]:
@@ -196,7 +204,7 @@ def resolve(op: str, *args, **kwargs) -> str:
     Raises:
         BackendUnavailable: if a backend was named and cannot run here.
     """
-    name = requested(op)
+    name, itself = _asked(op)
     if _disabled:
         if name not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
@@ -215,6 +223,8 @@ def resolve(op: str, *args, **kwargs) -> str:
             if row is not _REFERENCE and not torch.compiler.is_compiling():
                 _served[0] += 1
             return row.name
+        if row.partial and not itself:
+            name = "auto"
         if name != "auto":
             raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
         _say_once(op, row.name, reason)
@@ -256,7 +266,7 @@ def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
 
 
 def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
-    if requested(op) != "auto":
+    if requested(op) == chosen:
         return "asked for by name"
     if _disabled:
         return "FASTVIT_DISABLE is set"

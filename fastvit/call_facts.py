@@ -34,5 +34,11 @@ def tf32(op: str) -> bool:
     return torch._C._get_fp32_precision_getter("cuda", kind) == "tf32"
 
 
+def attention_sizes(q: Tensor) -> dict[str, int]:
+    """The sizes by which attention of q [B, N, H, d] is measured."""
+    batch, tokens, heads, head_dim = q.shape
+    return {"head_dim": head_dim, "tokens": tokens, "batch_heads": batch * heads}
+
+
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.
 tf32._dynamo_marked_constant = True

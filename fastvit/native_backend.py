@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import extension, gpus, measurements
-from .call_facts import compute_dtype, needs_gradient, tf32, transformed
+from .call_facts import attention_sizes, compute_dtype, needs_gradient, tf32, transformed
 from .errors import ExtensionMismatch, ExtensionNotBuilt
 
 OLDEST = (8, 0)
@@ -132,6 +132,45 @@ def _beside(call: Call, options: dict) -> str:
         "mixed": call.stream is not None and call.stream.dtype != compute_dtype(call.weight),
     }
     return "+".join([what for what, given in beside.items() if given])
+
+
+def can_run_attention(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    **options,
+) -> str | None:
+    """Of the CPU library. Norms, rotations and masks are torch's own before it: it takes what they give."""
+    if q is None:
+        return _loads("cpu")
+    if q.device.type != "cpu":
+        return f"it is for CPUs; the tensors are on {q.device.type}"
+    if reason := _loads("cpu"):
+        return reason
+    if transformed():
+        return "it has no rules for torch.func's transforms and forward-mode derivatives"
+    if compute_dtype(v) != torch.float32 or v.dtype != torch.float32:
+        return f"its attention takes float32, not {_named(compute_dtype(v))}"
+    if dropout_p:
+        return "its attention has no dropout of weights"
+    if needs_gradient(q, k, v, *options.values()):
+        return "its attention is for inference: it gives no gradients"
+    return None
+
+
+def worth_attention(q: Tensor | None = None, *args, **options) -> str | None:
+    name = machine_name("cpu")
+    if q is None:
+        return None if measurements.any_of("attention", name) else f"not measured on {name}"
+    masked = any(options.get(mask) is not None for mask in ("attn_mask", "key_mask"))
+    beside = "mask" if masked else "causal" if options.get("is_causal") else ""
+    sizes = attention_sizes(q)
+    reason = measurements.refusal("attention", name, _named(q.dtype), ("fwd",), beside, sizes)
+    if reason is None or torch.compiler.is_compiling():
+        return reason
+    return f"{reason} on {name} at head_dim {sizes['head_dim']}, N = {sizes['tokens']}"
 
 
 _NAMES = {"cpu": "CPUs", "cuda": "CUDA GPUs"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gpus, measurements
-from .call_facts import compute_dtype, needs_gradient, tf32, transformed
+from .call_facts import attention_sizes, compute_dtype, needs_gradient, tf32, transformed
 
 OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
@@ -70,8 +70,7 @@ def _norm_weights(options: dict[str, Any]) -> list[Tensor | None]:
 def worth_attention(q: Tensor | None = None, *args, **options) -> str | None:
     if q is None:
         return _worth("attention", None)
-    batch, tokens, heads, head_dim = q.shape
-    sizes = {"head_dim": head_dim, "tokens": tokens, "batch_heads": batch * heads}
+    sizes = attention_sizes(q)
     beside = {
         "causal": options.get("is_causal"),
         "key_mask": options.get("key_mask") is not None,
@@ -83,7 +82,7 @@ def worth_attention(q: Tensor | None = None, *args, **options) -> str | None:
     reason = _worth("attention", q, _names(beside), gradient, sizes)
     if reason is None or torch.compiler.is_compiling():  # a size in a text would be a constant to a compiler
         return reason
-    return f"{reason} at head_dim {head_dim}, N = {tokens}"
+    return f"{reason} at head_dim {sizes['head_dim']}, N = {sizes['tokens']}"
 
 
 def can_run_patch_embed(

@@ -48,6 +48,13 @@ def _backward(op: str, dtype: torch.dtype = FP32, regime: str | None = None, **o
     gradients_within_contract(op, _call(op, dtype, regime, options), GRADS["contiguous"], **how)
 
 
+def _attention(**options) -> None:
+    """Of several strips, blocks and panels, none of them whole."""
+    call = op_cases.build("attention", dtype=FP32, batch=2, tokens=53, head_dim=22, **options)
+    with torch.no_grad():
+        within_contract("attention", call)
+
+
 _linear, _residual, _mlp = (partial(partial, _forward, op) for op in (LINEAR, RESIDUAL, MLP))
 _dlinear, _dresidual, _dmlp = (partial(partial, _backward, op) for op in (LINEAR, RESIDUAL, MLP))
 
@@ -73,6 +80,10 @@ CHECKS: dict[str, Callable[[], None]] = {
     "dmlp, gelu_tanh": _dmlp(activation="gelu_tanh"),
     "dmlp, silu": _dmlp(activation="silu"),
     "dmlp, swiglu": _dmlp(activation="swiglu"),
+    "attention": _attention,
+    "attention, scaled": partial(_attention, scale=20.0),
+    "attention, mask": partial(_attention, mask="bool", key_mask=True),
+    "attention, causal": partial(_attention, mask="causal"),
     "dmlp, own gate": _dmlp(activation="swiglu, own gate", inner_norm="weight", layer_scale=False),
 }
 

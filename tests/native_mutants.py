@@ -105,6 +105,47 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("tanh for erf", '"gelu", "none"', '"gelu", "tanh"', "mlp"),
         ("relu for silu", '"swish"', '"relu"', "mlp, silu"),
     ],
+    "attention_cpu.cpp": [
+        ("mask of another image", "b * mask->stride(0)", "0 * mask->stride(0)", "attention, mask"),
+        ("values of another head", "h * v.stride(1)", "(h ^ 1) % heads * v.stride(1)", "attention"),
+        ("last block forgotten", "(part + 1) * blocks / parts", "part * blocks / parts", "attention"),
+        (
+            "scale dropped",
+            "static_cast<float>(scale)",
+            "0 * static_cast<float>(scale) + 1",
+            "attention, scaled",
+        ),
+    ],
+    "attention_heads.cpp": [
+        (
+            "keys behind the last seen",
+            "std::fill(row + seen, row + padded",
+            "std::fill(row, row",
+            "attention",
+        ),
+        ("causal by one more", "query + 1) : head.keys", "query + 2) : head.keys", "attention, causal"),
+        ("mask forgotten", "row[key] += mask", "row[key] += 0 * mask", "attention, mask"),
+        ("mask of the first query", "query * head.mask_row", "0 * head.mask_row", "attention, mask"),
+        ("largest not taken off", "logits[j + i] - largest", "logits[j + i]", "attention, scaled"),
+        ("the sum of eight", "half = kPanel / 2; half > 0", "half = kPanel / 4; half > 0", "attention"),
+        ("another row's sum", "left * inverse[i + j]", "left * inverse[i]", "attention"),
+        (
+            "a panel's last key",
+            "Size i = 0; i < width; ++i) panels[i] =",
+            "Size i = 0; i < width - 1; ++i) panels[i] =",
+            "attention",
+        ),
+        ("the first channels again", "values + channel * head.keys", "values + 0 * channel", "attention"),
+    ],
+    "strip.h": [
+        ("two rows are one", "rows[i] = x + i * stride", "rows[i] = x + i / 2 * 2 * stride", "attention"),
+        (
+            "the last step left out",
+            "step < depth; ++step) {\n    __builtin",
+            "step < depth - 1; ++step) {\n    __builtin",
+            "attention",
+        ),
+    ],
     "branch.h": [
         ("LayerScale of gradients dropped", "scale(scaled, layer_scale,", "scale(scaled, {},", "dresidual"),
         (

@@ -155,7 +155,7 @@ def test_holds_for_other_threads():
             {"softmax": "triton"},
             "unknown op 'softmax'; the ops are patch_embed, layer_norm_linear, attention,",
         ),
-        ((), {"attention": "cpp"}, "attention has no backend 'cpp'; it has triton, reference"),
+        ((), {"attention": "cuda"}, "attention has no backend 'cuda'; it has triton, cpp, reference"),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(args, kwargs, message):

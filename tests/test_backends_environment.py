@@ -24,7 +24,7 @@ from fastvit.backends import requested, use_backend
 print(requested("attention"), requested("patch_embed"), requested("linear_residual"), sep=" ")
 with use_backend("auto"):
     print(requested("attention"))
-for text in ("tritom", "attention=fast", "softmax=triton", "attention=cpp", "=triton", " , "):
+for text in ("tritom", "attention=fast", "softmax=triton", "attention=cuda", "=triton", " , "):
     try:
         print(backends.parse(text))
     except ValueError as error:
@@ -37,7 +37,7 @@ for text in ("tritom", "attention=fast", "softmax=triton", "attention=cpp", "=tr
         "unknown backend 'tritom'; the backends are auto, triton, reference, cuda, cpp",
         "unknown backend 'fast'; the backends are auto, triton, reference, cuda, cpp",
         f"unknown op 'softmax'; the ops are {', '.join(OPS)}",
-        "attention has no backend 'cpp'; it has triton, reference",
+        "attention has no backend 'cuda'; it has triton, cpp, reference",
         f"unknown op ''; the ops are {', '.join(OPS)}",
         "{}",
     ]

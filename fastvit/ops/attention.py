@@ -7,8 +7,11 @@ from torch.overrides import handle_torch_function
 from .. import backends
 from ..reference import attention as reference
 from ..reference.rotary import ROPE_LAYOUTS
-from . import attention_triton, checks
+from . import attention_native, attention_triton, checks
 from .overrides import overridden
+
+# In the reference's form, with a product of queries, keys and values of the backend's own.
+_ATTEND = {"cpp": attention_native.attend}
 
 
 def attention(
@@ -92,9 +95,10 @@ def attention(
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).unbind(2)
-    if backends.resolve("attention", q, k, v, **options) == "triton":
+    backend = backends.resolve("attention", q, k, v, **options)
+    if backend == "triton":
         return attention_triton.attention(qkv, (q, k, v), **options)
-    return reference(q, k, v, **options)
+    return reference(q, k, v, **options, attend=_ATTEND.get(backend))
 
 
 def attention_of_views(
@@ -108,9 +112,10 @@ def attention_of_views(
 ) -> Tensor:
     """The same of q, k and v [B, N, H, d] with any strides, without norms and rotary positions, or checks."""
     options = {"scale": scale, "attn_mask": attn_mask, "is_causal": is_causal, "dropout_p": dropout_p}
-    if backends.resolve("attention", q, k, v, **options) == "triton":
+    backend = backends.resolve("attention", q, k, v, **options)
+    if backend == "triton":
         return attention_triton.attention_of_views(q, k, v, scale, attn_mask)
-    return reference(q, k, v, **options)
+    return reference(q, k, v, **options, attend=_ATTEND.get(backend))
 
 
 def _check_packing(qkv: Tensor, num_heads: int) -> int:

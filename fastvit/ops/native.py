@@ -41,6 +41,7 @@ SCHEMAS = (
     f"layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool fused, bool tf32) "
     "-> Tensor[]",
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor",
 )
 _library = Library("fastvit_native", "DEF")
 for _schema in SCHEMAS:

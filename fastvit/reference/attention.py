@@ -1,5 +1,7 @@
 """Exact softmax attention (arXiv 1706.03762) on tokens that keep their heads side by side."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ def attention(
     rope_sin: Tensor | None = None,
     rope_layout: str = "half",
     num_prefix_tokens: int = 0,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v for every head; norm, then rotation, of q and k come first.
 
@@ -45,6 +48,7 @@ def attention(
         rope_cos, rope_sin: broadcastable to [B, H, N - P, d], or None: rotary positions (arXiv 2104.09864).
         rope_layout: "half" or "interleaved".
         num_prefix_tokens: P, leading tokens that are not rotated.
+        attend: what then stands in the place of torch's scaled_dot_product_attention, or None for that.
 
     Returns:
         [B, N, H * d], contiguous. A row whose every key is masked gives zeros, as torch's fused op does.
@@ -61,7 +65,8 @@ def attention(
         attn_mask, is_causal = _with_key_mask(attn_mask, key_mask, q.shape[2], is_causal), False
     if attn_mask is not None and attn_mask.dtype.is_floating_point:
         attn_mask = attn_mask.to(dtype)
-    attend = _attend_by_definition if dtype == torch.float64 else F.scaled_dot_product_attention
+    if attend is None:
+        attend = _attend_by_definition if dtype == torch.float64 else F.scaled_dot_product_attention
     out = attend(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).flatten(2).contiguous()
 
