@@ -134,6 +134,11 @@ def triton(qkv: Tensor, *, heads: int) -> Tensor:
         return ops.attention(qkv, heads)
 
 
+def cpp(qkv: Tensor, *, heads: int) -> Tensor:
+    with use_backend(attention="cpp"):
+        return ops.attention(qkv, heads)
+
+
 def launcher(case: Attention, inputs: Inputs) -> Callable[[], Results]:
     """The kernels without the op around them: no checks, no dispatcher, no autograd."""
     from fastvit_kernels.attention import attention_bwd, attention_fwd
@@ -164,6 +169,10 @@ def providers(case: Attention, device: torch.device) -> tuple[dict[str, Provider
         offered["fastvit triton"] = triton
     else:
         absent["fastvit triton"] = "Triton needs a CUDA GPU, and its interpreter's speed means nothing"
+        if case.direction == "fwd":
+            offered["fastvit cpp"] = cpp
+        else:
+            absent["fastvit cpp"] = "on a CPU it is for inference"
     offered["unfused"] = unfused
     given = {name: differentiated(partial(forward, heads=case.heads)) for name, forward in offered.items()}
     given["compiled"] = compiled(partial(packed_sdpa, heads=case.heads))

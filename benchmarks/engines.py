@@ -36,6 +36,8 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Call:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Its threads spin on for a while after a run: on the cores, and in the time, of who is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(graph.getvalue(), options, providers=[_provider(x.device)])
     name = session.get_inputs()[0].name
     if x.device.type == "cpu":

@@ -19,7 +19,8 @@ FASTVIT_HOST_DEVICE float exponential_within(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
 #else
-  const float n = std::nearbyint(x * 1.44269504f);
+  // Beside 1.5 * 2^23 a float's last bit is one: the sum is rounded, and ends in the whole number's bits.
+  const float magic = 12582912.0f, sum = x * 1.44269504f + magic, n = sum - magic;
   // ln 2 in two parts, so that n ln 2 is exact to more than a float holds.
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691e-4f;
@@ -29,8 +30,9 @@ FASTVIT_HOST_DEVICE float exponential_within(float x) {
   p = p * r + 1.6666665e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const float whole = n == n ? n : 0.0f;  // of a nan the rest is one
-  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23;
+  std::uint32_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits = (bits + 127u) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "activations.h"
 #include "strip.h"
@@ -12,13 +13,22 @@ namespace {
 
 Size panels_of(Size columns) { return (columns + kPanel - 1) / kPanel; }
 
+// Sixteen rows, side by side.
+template <typename Width>
+inline void interleave(const float* rows, Size stride, Width width, Size depth, float* panel) {
+  for (Size step = 0; step < depth; ++step, panel += kPanel) {
+    for (Size i = 0; i < width; ++i) panel[i] = rows[i * stride + step];
+    for (Size i = width; i < kPanel; ++i) panel[i] = 0.0f;
+  }
+}
+
 // Rows [columns, depth] as panels [columns / 16][depth][16], with zeros behind the last.
 void pack_rows(const float* rows, Size stride, Size columns, Size depth, float* panels) {
-  for (Size first = 0; first < columns; first += kPanel) {
-    const Size width = std::min(kPanel, columns - first);
-    for (Size step = 0; step < depth; ++step, panels += kPanel) {
-      for (Size i = 0; i < width; ++i) panels[i] = rows[(first + i) * stride + step];
-      std::fill(panels + width, panels + kPanel, 0.0f);
+  for (Size first = 0; first < columns; first += kPanel, panels += depth * kPanel, rows += kPanel * stride) {
+    if (columns - first >= kPanel) {
+      interleave(rows, stride, std::integral_constant<Size, kPanel>(), depth, panels);
+    } else {
+      interleave(rows, stride, columns - first, depth, panels);
     }
   }
 }
@@ -43,8 +53,14 @@ float exponentials(float* logits, Size padded) {
     FASTVIT_SIMD
     for (Size i = 0; i < kPanel; ++i) lanes[i] = logits[j + i] > lanes[i] ? logits[j + i] : lanes[i];
   }
-  float largest = -INFINITY;  // a nan is passed over here, and found again in the sum
-  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  const auto fold = [&](auto join) {  // to lanes[0]
+    for (Size half = kPanel / 2; half > 0; half /= 2) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < half; ++i) lanes[i] = join(lanes[i], lanes[i + half]);
+    }
+    return lanes[0];
+  };
+  float largest = fold([](float a, float b) { return b > a ? b : a; });
   if (largest == -INFINITY) largest = 0.0f;
   std::fill(lanes, lanes + kPanel, 0.0f);
   for (Size j = 0; j < padded; j += kPanel) {
@@ -56,10 +72,8 @@ float exponentials(float* logits, Size padded) {
       lanes[i] += power;
     }
   }
-  for (Size half = kPanel / 2; half > 0; half /= 2) {
-    for (Size i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0] == 0.0f ? 0.0f : 1.0f / lanes[0];
+  const float sum = fold([](float a, float b) { return a + b; });
+  return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
 
 struct Block {
@@ -67,7 +81,7 @@ struct Block {
   Size first, queries;            // at most kQueries
   const float *keys, *values;     // panels
   float* logits;                  // [queries, padded]
-  Size padded;
+  Size seen, padded;              // keys by one query at least; and up to whole panels
 
   void run() const {
     score();
@@ -96,10 +110,9 @@ struct Block {
   void hide(float* row, Size query) const {
     if (head.mask) {
       const float* mask = head.mask + query * head.mask_row;
-      for (Size key = 0; key < head.keys; ++key) row[key] += mask[key * head.mask_column];
+      for (Size key = 0; key < seen; ++key) row[key] += mask[key * head.mask_column];
     }
-    const Size seen = head.causal ? std::min(head.keys, query + 1) : head.keys;
-    std::fill(row + seen, row + padded, -INFINITY);
+    std::fill(row + (head.causal ? std::min(seen, query + 1) : seen), row + padded, -INFINITY);
   }
 
   void average(const float* inverse) const {
@@ -115,7 +128,7 @@ struct Block {
           std::copy(row, row + width, out);
         };
         multiply_strip(std::min(kStrip, queries - i), logits + i * padded, padded, values + channel * head.keys,
-                       head.keys, store);
+                       seen, store);
       }
     }
   }
@@ -124,14 +137,15 @@ struct Block {
 }  // namespace
 
 void attend(const AttentionHead& head, Size first, Size last, float* scratch) {
-  const Size padded = panels_of(head.keys) * kPanel;
   float* keys = scratch;
-  float* values = keys + padded * head.channels;
+  float* values = keys + panels_of(head.keys) * kPanel * head.channels;
   float* logits = values + panels_of(head.channels) * kPanel * head.keys;
   pack_rows(head.k, head.k_stride, head.keys, head.channels, keys);
   pack_columns(head.v, head.v_stride, head.channels, head.keys, values);
   for (Size query = first; query < last; query += kQueries) {
-    Block{head, query, std::min(kQueries, last - query), keys, values, logits, padded}.run();
+    const Size queries = std::min(kQueries, last - query);
+    const Size seen = head.causal ? std::min(head.keys, query + queries) : head.keys;
+    Block{head, query, queries, keys, values, logits, seen, panels_of(seen) * kPanel}.run();
   }
 }
 

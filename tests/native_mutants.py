@@ -119,11 +119,11 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "attention_heads.cpp": [
         (
             "keys behind the last seen",
-            "std::fill(row + seen, row + padded",
-            "std::fill(row, row",
+            ": seen), row + padded, -INFINITY",
+            ": padded), row + padded, -INFINITY",
             "attention",
         ),
-        ("causal by one more", "query + 1) : head.keys", "query + 2) : head.keys", "attention, causal"),
+        ("causal by one more", "std::min(seen, query + 1)", "std::min(seen, query + 2)", "attention, causal"),
         ("mask forgotten", "row[key] += mask", "row[key] += 0 * mask", "attention, mask"),
         ("mask of the first query", "query * head.mask_row", "0 * head.mask_row", "attention, mask"),
         ("largest not taken off", "logits[j + i] - largest", "logits[j + i]", "attention, scaled"),
@@ -131,8 +131,8 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("another row's sum", "left * inverse[i + j]", "left * inverse[i]", "attention"),
         (
             "a panel's last key",
-            "Size i = 0; i < width; ++i) panels[i] =",
-            "Size i = 0; i < width - 1; ++i) panels[i] =",
+            "Size i = 0; i < width; ++i) panel[i] =",
+            "Size i = 0; i < width - 1; ++i) panel[i] =",
             "attention",
         ),
         ("the first channels again", "values + channel * head.keys", "values + 0 * channel", "attention"),

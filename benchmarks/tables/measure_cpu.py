@@ -3,8 +3,8 @@
     python -m fastvit_benchmarks.tables.measure_cpu kernels/measured/cpu.json
 
 Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8. What is slower is left out of the table, and rows
-of other kinds of CPU stay in it.
+tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8; attention in float32, forward, at usual widths of a
+head. What is slower is left out of the table, and rows of other kinds of CPU stay in it.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fastvit import native_backend, reference
+from fastvit import native_backend, ops, reference, use_backend
 
 from .. import files, halves
+from ..bench_attention import Attention
 from ..harness import machine
 from ..op_bench import differentiated, run_case
 from .measured_table import Point, table
@@ -35,6 +37,9 @@ BESIDE = {
     "linear_residual": ("", "scaled"),
     "layer_norm_mlp": ("", "scaled", "gated", "gated+scaled", "inner_norm", "gated+inner_norm"),
 }
+# Tokens, and how many heads of all images together: of long sequences a few tell.
+HEADS = {50: (3, 12, 96), 197: (3, 12, 96), 577: (3, 12, 48), 1370: (3, 12)}
+HEAD_DIMS = (32, 64, 72, 80, 96)
 NORM = {"norm_weight": (1,), "norm_bias": (1,)}
 RATIO = 1.05  # two runs of the same call differ by as much
 # What an accelerated block costs on the host before any of its ops is served: an op must gain more than that.
@@ -52,6 +57,10 @@ class Variant(halves.Half):
     @property
     def op(self) -> str:
         return self.named
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"width": self.width, "rows": self.tokens}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -85,14 +94,39 @@ class Variant(halves.Half):
         return lambda **inputs: forward(**inputs, **self.options)
 
 
-def cases() -> Iterator[Variant]:
+@dataclass(frozen=True)
+class Heads(Attention):
+    """Attention of so many heads, with a mask, causal, or plain."""
+
+    beside: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"head_dim": self.head_dim, "tokens": self.tokens, "batch_heads": self.batch * self.heads}
+
+    def on(self, backend: str, qkv: Tensor) -> Tensor:
+        mask = torch.arange(self.tokens**2).view(self.tokens, -1) % 7 != 3 if self.beside == "mask" else None
+        with use_backend(attention=backend):
+            return ops.attention(qkv, self.heads, attn_mask=mask, is_causal=self.beside == "causal")
+
+    def reference(self, qkv: Tensor) -> Tensor:
+        return self.on("reference", qkv)
+
+    def ours(self) -> Callable[..., Tensor]:
+        return partial(self.on, "cpp")
+
+
+def cases() -> Iterator[Variant | Heads]:
+    for beside, head_dim, tokens in product(("", "mask", "causal"), HEAD_DIMS, HEADS):
+        for heads in HEADS[tokens] if not beside or head_dim == 64 else ():
+            yield Heads("fwd", "float32", 1, tokens, heads, head_dim, beside)
     dtypes = ("float32", *(["bfloat16"] if native_backend.multiplies_bfloat16() else []))
     for op, dtype in product(BESIDE, dtypes):
         for beside, direction, width, rows in product(BESIDE[op], ("fwd", "bwd"), WIDTHS, ROWS):
             yield Variant(direction, dtype, 1, rows, width, op, beside)
 
 
-def measured(case: Variant, rounds: int) -> tuple[bool, float]:
+def measured(case: Variant | Heads, rounds: int) -> tuple[bool, float]:
     """Whether the library is right, and torch's time divided by its own and that of the host."""
     providers = {"eager": differentiated(case.reference), "cpp": differentiated(case.ours())}
     outcome = run_case(case, providers, torch.device("cpu"), machine(), rounds=rounds, seconds=0.02)
@@ -103,10 +137,10 @@ def measured(case: Variant, rounds: int) -> tuple[bool, float]:
     return right, ms["eager"] / (ms["cpp"] + HOST_MS) if ms.get("cpp") else 0.0
 
 
-def points(found: dict[Variant, tuple[bool, float]]) -> list[Point]:
+def points(found: dict[Variant | Heads, tuple[bool, float]]) -> list[Point]:
     """What was measured, as a table is made of it."""
     return [
-        Point(c.op, c.dtype, c.direction, c.beside, {"width": c.width, "rows": c.tokens}, ok, round(ratio, 2))
+        Point(c.op, c.dtype, c.direction, c.beside, c.sizes, ok, round(ratio, 2))
         for c, (ok, ratio) in found.items()
     ]
 
