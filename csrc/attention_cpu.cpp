@@ -43,9 +43,9 @@ Tensor attention_fwd(Tensor q_, Tensor k_, Tensor v_, OptionalTensor mask, bool 
   // Each share lays out the keys and values of its head: no more of them than threads have use for.
   const std::int64_t wanted = (threads * kSharesAThread + batch * heads - 1) / (batch * heads);
   const std::int64_t parts = threads == 1 ? 1 : std::min(blocks, wanted);
-  const std::int64_t size = attention_scratch(keys, channels);
-  Tensor scratch = empty_beside(q, {threads, size}, ScalarType::Float);
-  share_out(batch * heads * parts, [&](std::int64_t share, std::int64_t thread) {
+  const std::int64_t shares = batch * heads * parts, size = attention_scratch(keys, channels);
+  Tensor scratch = empty_beside(q, {std::min(threads, shares), size}, ScalarType::Float);
+  share_out(shares, [&](std::int64_t share, std::int64_t thread) {
     const std::int64_t b = share / parts / heads, h = share / parts % heads, part = share % parts;
     const AttentionHead head{
         floats(q) + b * q.stride(0) + h * q.stride(1),

@@ -4,6 +4,7 @@
 
 #include "row_loops.h"
 #include "scope.h"
+#include "shares.h"
 
 namespace fastvit {
 
@@ -40,7 +41,7 @@ const RowLoops& row_loops(ScalarType input, ScalarType output) {
 namespace {
 
 constexpr Size kChunk = 32;                // rows that are summed before they join the rest
-constexpr Size kElementsAThread = 1 << 14;  // fewer are not worth waking another thread
+constexpr Size kElementsAShare = 1 << 14;  // fewer are not worth waking another thread
 
 Size rows_of(const Tensor& x) { return x.size(0); }
 Size cols_of(const Tensor& x) { return x.size(1); }
@@ -56,9 +57,11 @@ char* at(OptionalTensor& x, Size row, Size stride) { return x ? at(*x, row, stri
 
 template <typename Function>
 void for_rows(Size rows, Size cols, Function function) {
-  const Size grain = std::max<Size>(1, kElementsAThread / std::max<Size>(cols, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](Size begin, Size end) {
-    if (begin < end) function(begin, end - begin);
+  const auto divide = [](Size whole, Size part) { return (whole + part - 1) / part; };
+  const Size least = std::max<Size>(1, kElementsAShare / std::max<Size>(cols, 1));
+  const Size together = std::max(least, divide(rows, torch::stable::get_num_threads() * kSharesAThread));
+  share_out(divide(rows, together), [&](Size share, Size) {
+    function(share * together, std::min(together, rows - share * together));
   });
 }
 

@@ -147,13 +147,36 @@ def test_the_inner_width_goes_with_the_width(auto):
     assert ask(options="fused", width=768, hidden=4096, rows=300) == "not measured"
 
 
+def kept_of_a_cpu(found):
+    """The rows of a CPU's table, by what was measured: torch's time over ours, the host's share included."""
+    host = measure_cpu.HOST_MS
+    seen = {case: measure_cpu.Measured(True, ratio, 1.0 - host) for case, ratio in found.items()}
+    made = table(measure_cpu.points(seen), NOTES, least=measure_cpu.RATIO)
+    return [row for row in made if row["ratio"] >= measure_cpu.RATIO]
+
+
+def of_a_cpu(op, ratios, beside=""):
+    sizes = [(width, rows) for width in measure_cpu.WIDTHS[:2] for rows in measure_cpu.ROWS]
+    cases = [measure_cpu.Variant("fwd", "float32", 1, rows, width, op, beside) for width, rows in sizes]
+    return dict(zip(cases, ratios, strict=True))
+
+
 def test_the_cpu_s_table_leaves_out_what_is_slower_than_its_margin():
-    cases = [
-        measure_cpu.Variant("fwd", "float32", 1, rows, width, "layer_norm_linear", "")
-        for width in measure_cpu.WIDTHS[:2]
-        for rows in measure_cpu.ROWS
-    ]
-    ratios = dict(zip(cases, [(True, r) for r in (0.9, 1.2, 1.04, 1.3)], strict=True))
-    made = table(measure_cpu.points(ratios), NOTES, least=measure_cpu.RATIO)
-    kept = [row for row in made if row["ratio"] >= measure_cpu.RATIO]
+    kept = kept_of_a_cpu(of_a_cpu("layer_norm_linear", (0.9, 1.2, 1.04, 1.3)))
     assert [(row["width"], row["rows"], row["ratio"]) for row in kept] == [([192, 384], [1576, None], 1.2)]
+
+
+def test_where_the_mlp_is_served_the_other_products_pay_no_host_time():
+    mlp = of_a_cpu("layer_norm_mlp", (0.5, 0.5, 1.3, 1.3))
+    residual = of_a_cpu("linear_residual", (1.0, 1.0, 1.0, 0.7))
+    kept = kept_of_a_cpu(mlp | residual)
+    found = [(row["op"], row["width"], row["rows"], row["ratio"]) for row in kept]
+    one = ("linear_residual", [384, 384], [197, 197], 1.25)
+    assert found == [("layer_norm_mlp", [384, 384], [197, None], 1.3), one]
+    # An MLP with LayerScale says nothing of a block without.
+    scaled = of_a_cpu("layer_norm_mlp", (1.3,) * 4, "scaled")
+    assert {row["op"] for row in kept_of_a_cpu(scaled | residual)} == {"layer_norm_mlp"}
+
+
+def test_what_is_wrong_on_a_cpu_has_no_ratio():
+    assert measure_cpu.Measured(False, 2.0, 1.0).ratio() == 0.0
