@@ -181,8 +181,9 @@ def _asked(op: str) -> tuple[str, bool]:
 
 
 def kernels_for(device: str) -> dict[str, str]:
-    """Each op's backend that is made for "cpu" or "cuda", as ``use_backend`` takes them."""
-    return {op: row.name for op, rows in TABLE.items() for row in rows if row.device == device}
+    """Each op's backend for "cpu" or "cuda" that serves training too, as ``use_backend`` takes them."""
+    made_for = ((op, row) for op, rows in TABLE.items() for row in rows if row.device == device)
+    return {op: row.name for op, row in made_for if not row.partial}
 
 
 def served() -> int:
