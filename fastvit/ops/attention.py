@@ -1,5 +1,7 @@
 """attention: exact softmax attention on the packed QKV projection, in one op."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
@@ -7,11 +9,8 @@ from torch.overrides import handle_torch_function
 from .. import backends
 from ..reference import attention as reference
 from ..reference.rotary import ROPE_LAYOUTS
-from . import attention_native, attention_triton, checks
+from . import attention_triton, checks
 from .overrides import overridden
-
-# In the reference's form, with a product of queries, keys and values of the backend's own.
-_ATTEND = {"cpp": attention_native.attend}
 
 
 def attention(
@@ -98,7 +97,7 @@ def attention(
     backend = backends.resolve("attention", q, k, v, **options)
     if backend == "triton":
         return attention_triton.attention(qkv, (q, k, v), **options)
-    return reference(q, k, v, **options, attend=_ATTEND.get(backend))
+    return reference(q, k, v, **options, attend=_attend(backend))
 
 
 def attention_of_views(
@@ -115,7 +114,16 @@ def attention_of_views(
     backend = backends.resolve("attention", q, k, v, **options)
     if backend == "triton":
         return attention_triton.attention_of_views(q, k, v, scale, attn_mask)
-    return reference(q, k, v, **options, attend=_ATTEND.get(backend))
+    return reference(q, k, v, **options, attend=_attend(backend))
+
+
+def _attend(backend: str) -> Callable[..., Tensor] | None:
+    """What stands in the place of torch's own product of queries, keys and values, if anything does."""
+    if backend != "cpp":
+        return None
+    from .attention_native import attend  # its ops are registered by the first call
+
+    return attend
 
 
 def _check_packing(qkv: Tensor, num_heads: int) -> int:
