@@ -41,7 +41,7 @@ BESIDE = {
 HEADS = {50: (3, 12, 96), 197: (3, 12, 96), 577: (3, 12, 48), 1370: (3, 12)}
 HEAD_DIMS = (32, 64, 72, 80, 96)
 NORM = {"norm_weight": (1,), "norm_bias": (1,)}
-RATIO = 1.05  # two runs of the same call differ by as much
+RATIO = 1.1  # two copies of a model differ by as much on a machine that is not quiet
 # What an accelerated block costs on the host before any of its ops is served: an op must gain more than that.
 # Where the MLP does, the block has paid, and the products beside attention need not again.
 HOST_MS = 0.2
