@@ -1,16 +1,10 @@
 // attention on a CPU, forward: heads and blocks of their queries, shared out over threads.
 #include "attention_heads.h"
 #include "ops.h"
-#include "panels.h"
 #include "scope.h"
 #include "shares.h"
 
 namespace fastvit {
-
-std::int64_t attention_scratch(std::int64_t keys, std::int64_t channels) {
-  const auto padded = [](std::int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; };
-  return padded(keys) * (channels + kQueries) + padded(channels) * keys;
-}
 
 namespace {
 
@@ -36,6 +30,10 @@ Tensor attention_fwd(Tensor q_, Tensor k_, Tensor v_, OptionalTensor mask, bool 
   }
   const Tensor q = channels_contiguous(q_), k = channels_contiguous(k_), v = channels_contiguous(v_);
   const std::int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), channels = q.size(3);
+  for (const Tensor* x : {&k, &v}) {
+    STD_TORCH_CHECK(sizes_of(*x) == Sizes({batch, heads, keys, channels}), current_op, ": k and v differ from q in shape");
+  }
+  if (keys == 0) return torch::stable::new_zeros(q, {batch, queries, heads, channels});
   Tensor out = empty_beside(q, {batch, queries, heads, channels}, ScalarType::Float);
   if (out.numel() == 0) return out;
 

@@ -11,9 +11,7 @@
 namespace fastvit::FASTVIT_LEVEL {
 namespace {
 
-Size panels_of(Size columns) { return (columns + kPanel - 1) / kPanel; }
-
-// Sixteen rows, side by side.
+// Up to sixteen rows, side by side.
 template <typename Width>
 inline void interleave(const float* rows, Size stride, Width width, Size depth, float* panel) {
   for (Size step = 0; step < depth; ++step, panel += kPanel) {
@@ -138,14 +136,14 @@ struct Block {
 
 void attend(const AttentionHead& head, Size first, Size last, float* scratch) {
   float* keys = scratch;
-  float* values = keys + panels_of(head.keys) * kPanel * head.channels;
-  float* logits = values + panels_of(head.channels) * kPanel * head.keys;
+  float* values = keys + whole_panels(head.keys) * head.channels;
+  float* logits = values + whole_panels(head.channels) * head.keys;
   pack_rows(head.k, head.k_stride, head.keys, head.channels, keys);
   pack_columns(head.v, head.v_stride, head.channels, head.keys, values);
   for (Size query = first; query < last; query += kQueries) {
     const Size queries = std::min(kQueries, last - query);
     const Size seen = head.causal ? std::min(head.keys, query + queries) : head.keys;
-    Block{head, query, queries, keys, values, logits, seen, panels_of(seen) * kPanel}.run();
+    Block{head, query, queries, keys, values, logits, seen, whole_panels(seen)}.run();
   }
 }
 

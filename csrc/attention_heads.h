@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "panels.h"
+
 namespace fastvit {
 
 // q [N, d], k and v [M, d], out [N, d]: channels are contiguous, rows so many floats apart. The mask [N, M], which
@@ -23,8 +25,13 @@ struct AttentionHead {
 
 constexpr std::int64_t kQueries = 24;
 
-// Floats that a call needs beside.
-std::int64_t attention_scratch(std::int64_t keys, std::int64_t channels);
+// Columns with those that fill the last panel.
+constexpr std::int64_t whole_panels(std::int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+// Floats that a call needs beside: keys, logits, values.
+constexpr std::int64_t attention_scratch(std::int64_t keys, std::int64_t channels) {
+  return whole_panels(keys) * (channels + kQueries) + whole_panels(channels) * keys;
+}
 
 // Queries [first, last), on one thread. One namespace for each level of vector instructions.
 namespace base {

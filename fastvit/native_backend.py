@@ -153,6 +153,8 @@ def can_run_attention(
         return "it has no rules for torch.func's transforms and forward-mode derivatives"
     if compute_dtype(v) != torch.float32 or v.dtype != torch.float32:
         return f"its attention takes float32, not {_named(compute_dtype(v))}"
+    if k.shape[2:] != q.shape[2:] or v.shape != k.shape:
+        return "its attention takes q, k and v of the same heads and channels"
     if dropout_p:
         return "its attention has no dropout of weights"
     if needs_gradient(q, k, v, *options.values()):

@@ -24,14 +24,6 @@ def _cpp():
         yield
 
 
-@pytest.fixture
-def threads():
-    """Sets how many threads torch uses, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _float32(cell):
     return cell["dtype"] == FP32
 
@@ -153,6 +145,15 @@ def test_what_it_does_not_serve(reason):
             ours = ops.attention(**call)
     assert ours.dtype == call["qkv"].dtype
     assert ours.requires_grad == call["qkv"].requires_grad
+
+
+def test_values_of_another_width_and_no_keys_at_all():
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 4)
+    with pytest.raises(BackendUnavailable, match="the same heads and channels"):
+        attention_of_views(q, k, v)
+    assert attention_of_views(q, k[:, :0], k[:, :0]).count_nonzero() == 0
+    with pytest.raises(RuntimeError, match="k and v differ from q in shape"):
+        attention_native.attend(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.0, False, None)
 
 
 def test_under_autocast_it_is_torchs():

@@ -25,14 +25,6 @@ def _cpp():
         yield
 
 
-@pytest.fixture
-def threads():
-    """Sets how many threads torch uses, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_every_mask_of_needed_gradients(op):
     call = op_cases.build(op, **op_cases.FULL[op] | SMALL[op])
