@@ -55,13 +55,15 @@ def ours(model: nn.Module, x: Tensor) -> nn.Module:
     return fastvit.accelerate(copy.deepcopy(model), mode="inference")
 
 
-def on_backend(model: nn.Module, x: Tensor, **backends: str) -> Call:
+def on_backend(
+    model: nn.Module, x: Tensor, prepare: Callable[[nn.Module, Tensor], Call] = ours, **backends: str
+) -> Call:
     """Ops by these backends, whatever the table says of their speed; the others as `auto` has them."""
-    fast = ours(model, x)
+    prepared = prepare(model, x)
 
     def run(images: Tensor) -> Tensor:
         with fastvit.use_backend(**backends):
-            return fast(images)
+            return prepared(images)
 
     return run
 
@@ -91,7 +93,8 @@ OURS = (
     Peer("fastvit triton", partial(on_backend, **_all_of("triton")), _GPU),
     Peer("fastvit cuda", partial(on_backend, **_all_of("cuda")), _GPU),
     Peer("fastvit triton, cuda", partial(on_backend, **_all_of("triton", "cuda")), _GPU),
-    Peer("fastvit graphed", graphed, _GPU),
+    Peer("fastvit graphed", graphed),
+    Peer("fastvit cpp graphed", partial(on_backend, prepare=graphed, **_all_of("cpp")), _CPU),
     Peer("fastvit compiled", ours_compiled),
 )
 ENGINES = (

@@ -1,46 +1,49 @@
-"""A model behind CUDA graphs: all its kernels are launched at once, not one by one from Python."""
+"""A model behind graphs: what it computes is run at once, and not found again by its modules at each call."""
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch import nn
 
-from . import backends, graph_buckets, measurements
-from .call_facts import tf32
-from .graph_buckets import PLAIN, Bucket, Place, Uncapturable, Watch
+from .graph_buckets import Bucket
+from .graph_calls import Call, Device, Eager, Forward, Kind, Place, Uncapturable
+from .graph_cpu import Cpu
+from .graph_gpu import Gpu
+from .graph_watch import PLAIN, Watch, onlooker
 
+# Where calls can be captured, and how.
+DEVICES: dict[str, type[Device]] = {"cuda": Gpu, "cpu": Cpu}
 # More kinds of calls than that are a sign of an argument that changes at every call.
 MOST_BUCKETS = 64
 # How often in a row all graphs may be dropped before one was of use.
 MOST_IN_VAIN = 8
-# Arguments that are part of a kind of call: compared by value, and nobody can edit them.
-_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
-# torch captures one graph at a time in a process.
+# torch captures one CUDA graph at a time in a process.
 _capturing = threading.RLock()
 
 
 class graphed:
     """A runner: ``runner(x)`` is ``model(x)`` in evaluation mode without gradients, bit for bit.
 
-    On a GPU a call whose batch is one of ``batch_sizes`` replays a CUDA graph, captured at the first of
-    them: one for each batch, image size, dtype, memory layout, autocast and choice of backends. Others
-    run the model, and ``explain`` says why: on a CPU, with gradients, in training, with hooks,
-    while traced, or where the model reads numbers back from the GPU, which is warned of too.
+    A call whose batch is one of ``batch_sizes`` replays what the first like it has left, one for each batch,
+    image size, dtype, memory layout, autocast and choice of backends: on a GPU a CUDA graph, on a CPU the
+    ops that the model came down to, one after the other. Others run the model, and ``explain`` says why:
+    with gradients, in training, with hooks, while traced, or where the model reads numbers that it computes,
+    which is warned of too.
 
     Weights edited in place are followed, and what was derived from them is derived anew (after an edit
     through ``.data``, once fastvit.refresh is called). Where parameters, buffers or modules are replaced
     or moved, graphs are captured again; until then the runner holds the memory of the old ones.
 
-    Calls are put on their streams one at a time, and graphs, which share memory, run one after the other
-    whatever streams they are on. Copies and pickles of a runner begin without graphs.
+    A runner takes one call at a time. On a GPU that is the time in which they are put on their streams, and
+    graphs, which share memory, run one after the other whatever streams they are on; on a CPU it is the whole
+    call, so that each thread which is to compute by itself wants a copy of the runner. Copies and pickles
+    begin without graphs.
 
     Args:
         model: kept as ``model``. Its forward takes tensors with the batch as their first dimension, and
@@ -73,29 +76,30 @@ class graphed:
             raise ValueError(f"graphed: batch_sizes must be positive ints, not {batch_sizes!r}")
         self.model, self.pad, self.clone = model, pad, clone
         self.batch_sizes = tuple(sorted(set(sizes)))
-        self._lock, self._gpus = threading.RLock(), {}
+        self._lock = threading.RLock()
+        self._devices: dict[torch.device, Device] = {}
         self.reset()
 
     def reset(self) -> None:
         """Free every graph and whatever they hold, and try again what could not be captured."""
         with self._lock:
-            self._buckets: dict[_Kind, Bucket] = {}
-            self._refused: dict[_Kind, str] = {}
+            self._buckets: dict[Kind, Bucket] = {}
+            self._refused: dict[Kind, str] = {}
             self._watch: Watch | None = None
             self._in_vain, self._why = 0, None
-            for gpu in self._gpus.values():
-                gpu.renew()
+            for device in self._devices.values():
+                device.renew()
 
     def __call__(self, *args, **kwargs) -> Any:
         """What the model returns."""
         if not torch.compiler.is_compiling():
             try:
-                call = _Call.of(args, kwargs)
+                call = Call.of(args, kwargs)
                 self._check(call)
                 size = self._size(call.batch)
                 with self._lock:
                     return self._replayed(call, size)
-            except _Eager as reason:
+            except Eager as reason:
                 self._why = str(reason)
         return self.model(*args, **kwargs)
 
@@ -107,19 +111,19 @@ class graphed:
         """
         try:
             with torch.no_grad():
-                call = _Call.of(args, kwargs)
+                call = Call.of(args, kwargs)
                 self._check(call)
                 for size in reversed(self.batch_sizes):
-                    with self._lock, self._gpu(call).turn():
+                    with self._lock, self._device(call).turn():
                         self._bucket(call, size)
-        except _Eager as reason:
+        except Eager as reason:
             self._why = str(reason)
         return self
 
     def explain(self) -> str:
         """A line for each graph, each kind of call that has none, and the last call that ran eagerly."""
         sizes = ", ".join(map(str, self.batch_sizes))
-        lines = [f"{type(self.model).__name__} in CUDA graphs, batch sizes {sizes}"]
+        lines = [f"{type(self.model).__name__} graphed, batch sizes {sizes}"]
         lines += [f"{kind}: replayed {bucket.replays} times" for kind, bucket in self._buckets.items()]
         lines += [f"{kind}: eager: {reason}" for kind, reason in self._refused.items()]
         lines += [f"last eager call: {self._why}"] if self._why else []
@@ -128,40 +132,40 @@ class graphed:
     def __reduce__(self) -> tuple:
         return partial(graphed, pad=self.pad, clone=self.clone), (self.model, self.batch_sizes)
 
-    def _check(self, call: "_Call") -> None:
-        """Raises _Eager if no graph can stand for the call."""
+    def _check(self, call: Call) -> None:
+        """Raises Eager if no graph can stand for the call."""
         if not call.tensors or call.tensors[0].ndim == 0:
-            raise _Eager("no argument is a tensor with a batch")
+            raise Eager("no argument is a tensor with a batch")
         if self.model.training:
-            raise _Eager("the model is in training mode")
+            raise Eager("the model is in training mode")
         other = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN), None)
         if other is not None:
-            raise _Eager(f"an argument is a {other.__name__}")
+            raise Eager(f"an argument is a {other.__name__}")
         devices = {tensor.device for tensor in call.tensors}
-        if len(devices) > 1 or call.device.type != graph_buckets.Gpu.kind:
-            raise _Eager(f"its arguments are on {', '.join(sorted(map(str, devices)))}")
+        if len(devices) > 1 or call.device.type not in DEVICES:
+            raise Eager(f"its arguments are on {', '.join(sorted(map(str, devices)))}")
         used = chain(call.tensors, self.model.parameters())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used):
-            raise _Eager("gradients are recorded: call it under torch.no_grad()")
-        if (reason := graph_buckets.onlooker()) is not None:
-            raise _Eager(reason)
+            raise Eager("gradients are recorded: call it under torch.no_grad()")
+        if (reason := onlooker(DEVICES[call.device.type].is_capturing)) is not None:
+            raise Eager(reason)
 
     def _size(self, batch: int) -> int:
-        """Raises _Eager if there is none for the batch."""
+        """Raises Eager if there is none for the batch."""
         for size in self.batch_sizes:
             if size == batch or (self.pad and size > batch > 0):
                 return size
-        raise _Eager(f"a batch of {batch} is none of its sizes")
+        raise Eager(f"a batch of {batch} is none of its sizes")
 
-    def _replayed(self, call: "_Call", size: int) -> Any:
-        with self._gpu(call).turn():
+    def _replayed(self, call: Call, size: int) -> Any:
+        with self._device(call).turn():
             bucket, is_new = self._bucket(call, size)
             bucket.fill(call.tensors, call.batch)
             bucket.replay()
-            # Asked while the GPU computes: a graph that is out of date does no harm.
+            # Asked while a GPU computes: a graph that is out of date does no harm.
             if is_new or not self._watch.changed():
                 if (reason := self._watch.why_eager()) is not None:
-                    raise _Eager(reason)
+                    raise Eager(reason)
                 if not bucket.reading.is_current():
                     bucket.reading.derive()
                     bucket.replay()
@@ -169,44 +173,40 @@ class graphed:
             self._look()
         return self._replayed(call, size)
 
-    def _gpu(self, call: "_Call") -> Any:
-        if call.device not in self._gpus:
-            self._gpus[call.device] = graph_buckets.Gpu(call.device)
-        return self._gpus[call.device]
+    def _device(self, call: Call) -> Device:
+        if call.device not in self._devices:
+            self._devices[call.device] = DEVICES[call.device.type](call.device)
+        return self._devices[call.device]
 
-    def _bucket(self, call: "_Call", size: int) -> tuple[Bucket, bool]:
-        """The call's of that size, and whether it is new; raises _Eager if there can be none."""
+    def _bucket(self, call: Call, size: int) -> tuple[Bucket, bool]:
+        """The call's of that size, and whether it is new; raises Eager if there can be none."""
         kind = call.kind(size)
         if (bucket := self._buckets.get(kind)) is not None:
             return bucket, False
         if kind in self._refused:
-            raise _Eager(self._refused[kind])
+            raise Eager(self._refused[kind])
         if len(self._buckets) >= MOST_BUCKETS or self._in_vain >= MOST_IN_VAIN:
-            raise _Eager("too many graphs were captured; reset() frees them and begins again")
+            raise Eager("too many graphs were captured; reset() frees them and begins again")
         try:
             self._buckets[kind] = self._captured(kind, call)
         except Uncapturable as reason:
             self._refused[kind] = str(reason)
-            self._gpu(call).renew()
+            self._device(call).renew()
             warnings.warn(f"graphed: {kind} runs eagerly: {reason}", RuntimeWarning, stacklevel=4)
-            raise _Eager(str(reason)) from None
+            raise Eager(str(reason)) from None
         return self._buckets[kind], True
 
-    def _captured(self, kind: "_Kind", call: "_Call") -> Bucket:
+    def _captured(self, kind: Kind, call: Call) -> Bucket:
         self._look()
         if (reason := self._watch.why_eager()) is not None:
-            raise _Eager(reason)
+            raise Eager(reason)
         with _capturing, _undisturbed():
             inputs = list(map(Place.filled, kind.places, call.tensors))
-
-            def run(tensors: Sequence[Tensor]) -> Any:
-                args, kwargs = call.arguments(tensors)
-                return self.model(*args, **kwargs)
-
+            forward = Forward(self.model, call)
             # What the model raises is the caller's; and weights are derived, kernels compiled.
-            run(inputs)
+            forward(inputs)
             self._look()
-            bucket = Bucket(self._gpu(call), run, kind.places, inputs)
+            bucket = Bucket(self._device(call), forward, kind.places, inputs)
         if self._watch.changed():
             raise Uncapturable("its forward replaces modules, parameters or buffers")
         return bucket
@@ -220,72 +220,8 @@ class graphed:
             self._in_vain = 0 if used else self._in_vain + 1
         self._buckets.clear()
         self._watch = Watch(self.model)
-        for gpu in self._gpus.values():
-            gpu.renew()
-
-
-class _Eager(Exception):
-    """The call is to run eagerly: _Eager(reason)."""
-
-
-class _Kind(NamedTuple):
-    """What the calls of one bucket have alike."""
-
-    places: tuple[Place, ...]
-    spec: TreeSpec
-    values: tuple
-    settings: tuple
-
-    def __str__(self) -> str:
-        return " and ".join(map(str, self.places))
-
-
-class _Call(NamedTuple):
-    """A forward's arguments: tensors, and of every leaf (type, value), None in a tensor's place."""
-
-    tensors: list[Tensor]
-    spec: TreeSpec
-    values: tuple
-
-    @classmethod
-    def of(cls, args: tuple, kwargs: dict) -> "_Call":
-        leaves, spec = tree_flatten((args, kwargs))
-        values = [(Tensor, None) if isinstance(v, Tensor) else (type(v), v) for v in leaves]
-        other = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_VALUES))), None)
-        if other is not None:
-            raise _Eager(f"an argument is a {type(other).__name__}")
-        return cls([leaf for leaf in leaves if isinstance(leaf, Tensor)], spec, tuple(values))
-
-    @property
-    def batch(self) -> int:
-        return self.tensors[0].shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
-
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
-        """With others in the places of its tensors."""
-        given = iter(tensors)
-        leaves = [next(given) if kind is Tensor else value for kind, value in self.values]
-        return tree_unflatten(leaves, self.spec)
-
-    def kind(self, size: int) -> _Kind:
-        places = tuple(Place.of(tensor, self.batch, size) for tensor in self.tensors)
-        return _Kind(places, self.spec, self.values, _settings(self.device.type))
-
-
-def _settings(device: str) -> tuple:
-    """What decides beside the call itself which kernels run."""
-    matmul, cudnn, cuda = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cuda
-    return (
-        *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-        *(*map(backends.requested, backends.TABLE), measurements.generation),
-        *(tf32("linear"), tf32("patch_embed"), torch.are_deterministic_algorithms_enabled()),
-        *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
-        *(cudnn.benchmark, cudnn.deterministic, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()),
-        *(cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()),
-    )
+        for device in self._devices.values():
+            device.renew()
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""CUDA graphs without a GPU, small models to capture in them, and what a runner is to give.
+"""CUDA graphs without a GPU, a CPU's that are counted, small models, and what a runner is to give.
 
 Like a graph the fake goes on reading the memory that it read as it was captured: of parameters, buffers
 and what was derived from them, and not what modules hold by then.
 """
 
+import importlib
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastvit import derived, graph_buckets, graphed
+from fastvit import derived, graph_trial, graphed
+from fastvit.graph_cpu import Cpu
 
+runners = importlib.import_module("fastvit.graphed")
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Fake:
     """A GPU of which a test can ask how often it captured and replayed."""
 
-    kind = "cpu"
     captures = replays = renewals = 0
     capturing = False
     model: nn.Module
@@ -39,9 +41,12 @@ class Fake:
     def is_capturing():
         return Fake.capturing
 
-    def capture(self, place, run):
+    def on_trial(self, forward, inputs):
+        return graph_trial.on_trial("cpu", forward, inputs)
+
+    def capture(self, forward, places, inputs):
         Fake.captures += 1
-        graph, inputs = FakeGraph(Fake.model, run), place()
+        graph, inputs = FakeGraph(Fake.model, forward), [place.empty() for place in places]
         for tensor in inputs:
             tensor.fill_(float("nan"))  # anything may lie there
         Fake.capturing = True
@@ -49,6 +54,35 @@ class Fake:
             return graph, inputs, graph.record(inputs)
         finally:
             Fake.capturing = False
+
+
+class Taped(Cpu):
+    """A CPU, likewise."""
+
+    def renew(self):
+        Fake.renewals += 1
+
+    def capture(self, forward, places, inputs):
+        Fake.captures += 1
+        Fake.capturing = True
+        try:
+            graph, *rest = super().capture(forward, places, inputs)
+        finally:
+            Fake.capturing = False
+        return Counted(graph), *rest
+
+    @staticmethod
+    def is_capturing():
+        return Fake.capturing
+
+
+class Counted:
+    def __init__(self, graph):
+        self.graph = graph
+
+    def replay(self):
+        Fake.replays += 1
+        self.graph.replay()
 
 
 class FakeGraph:
@@ -121,11 +155,14 @@ class Mixed(Plain):
         return {"x": x, "rest": (x[:, 0], x.sum(), name, None, *extra)}
 
 
+DEVICES = {"GPU": Fake, "CPU": Taped}
+
+
 @contextmanager
-def on_fake_gpu(monkeypatch):
-    """CPU tensors are taken for a GPU's, nothing is kept from before, and no gradients are recorded."""
+def on_device(monkeypatch, name):
+    """Of that kind CPU tensors are taken to be; nothing is kept from before, no gradients are recorded."""
     derived.refresh()
-    monkeypatch.setattr(graph_buckets, "Gpu", Fake)
+    monkeypatch.setattr(runners, "DEVICES", {"cpu": DEVICES[name]})
     Fake.captures = Fake.replays = Fake.renewals = 0
     with torch.no_grad():
         yield

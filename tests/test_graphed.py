@@ -8,17 +8,17 @@ from functools import partial
 
 import pytest
 import torch
-from graph_fakes import Fake, Mixed, Model, Plain, X, assert_same, on_fake_gpu, runner_of
+from graph_fakes import DEVICES, Fake, Mixed, Model, Plain, X, assert_same, on_device, runner_of
 from torch import nn
 
 import fastvit
 from fastvit import graphed
 
 
-@pytest.fixture(autouse=True)
-def _gpu(monkeypatch):
-    with on_fake_gpu(monkeypatch):
-        yield
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    with on_device(monkeypatch, request.param):
+        yield request.param
 
 
 def test_a_call_is_captured_once_and_replayed():

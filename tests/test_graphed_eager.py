@@ -2,22 +2,23 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from graph_fakes import Fake, Plain, X, assert_same, on_fake_gpu, runner_of
+from graph_fakes import DEVICES, Fake, Plain, X, assert_same, on_device, runner_of, runners
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import graph_buckets, recording
+from fastvit import graph_trial, recording
 from fastvit.layers import plain
 
 
-@pytest.fixture(autouse=True)
-def _gpu(monkeypatch):
-    with on_fake_gpu(monkeypatch):
-        yield
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    with on_device(monkeypatch, request.param):
+        yield request.param
 
 
 def test_gradients():
@@ -152,7 +153,7 @@ def test_inside_another_capture(monkeypatch):
 
 
 def test_another_device_runs_eagerly(monkeypatch):
-    monkeypatch.setattr(Fake, "kind", "cuda")
+    monkeypatch.setattr(runners, "DEVICES", {"cuda": Fake})
     runner = runner_of()
     assert_same(runner, X)
     assert_same(runner.capture(X), X)
@@ -163,6 +164,18 @@ class Syncs(Plain):
     def forward(self, x):
         x = super().forward(x)
         return x * (2 if x.sum().item() > 0 else 3)
+
+
+class Lists(Plain):
+    def forward(self, x):
+        x = super().forward(x)
+        return x * max(x[0].tolist())
+
+
+class Numpy(Plain):
+    def forward(self, x):
+        x = super().forward(x)
+        return x + float(np.asarray(x).max()) + float(x.numpy().max())
 
 
 class Masks(Plain):
@@ -204,7 +217,9 @@ class Rebuilds(Plain):
 
 UNCAPTURABLE = {
     Syncs: ("_local_scalar_dense", 0),
-    Masks: ("makes the CPU wait", 0),
+    Lists: ("tolist", 0),
+    Numpy: ("__array__", 0),
+    Masks: ("index.Tensor", 0),
     Sends: ("_to_copy", 0),
     Raises: ("RuntimeError: operation not permitted", 1),
     Returns: ("Opaque", 1),
@@ -236,9 +251,9 @@ def test_indices_and_cpu_scalars_are_no_reason():
             scale = torch.ones(()).item()
             return super().forward(x)[:, torch.tensor([1, 0])] * scale
 
-    assert graph_buckets._waits(torch.ops.aten.index.Tensor, (X, [torch.tensor([1, 0])]), []) is False
-    assert graph_buckets._waits(torch.ops.aten.index.Tensor, (X, [X > 0]), []) is True
-    trial = graph_buckets._Trial("cuda", [])
+    assert graph_trial._waits(torch.ops.aten.index.Tensor, (X, [torch.tensor([1, 0])]), []) is False
+    assert graph_trial._waits(torch.ops.aten.index.Tensor, (X, [X > 0]), []) is True
+    trial = graph_trial._Ops("cuda", [])
     with trial:
         Indexes()(X)
 

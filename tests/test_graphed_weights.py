@@ -1,24 +1,20 @@
 """A graphed model follows its weights: edited in place without a capture, replaced with another one."""
 
-import importlib
-
 import pytest
 import torch
 from accelerated import images, pair
-from graph_fakes import Fake, Mixed, Model, Plain, X, assert_same, on_fake_gpu, runner_of
+from graph_fakes import DEVICES, Fake, Mixed, Model, Plain, X, assert_same, on_device, runner_of, runners
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastvit
-from fastvit import derived, graph_buckets
-
-runners = importlib.import_module("fastvit.graphed")
+from fastvit import derived, graph_watch
 
 
-@pytest.fixture(autouse=True)
-def _gpu(monkeypatch):
-    with on_fake_gpu(monkeypatch):
-        yield
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    with on_device(monkeypatch, request.param):
+        yield request.param
 
 
 def stepped(optimizer, **options):
@@ -136,7 +132,7 @@ def test_what_is_derived_is_shared_with_the_model_and_between_graphs():
 
 def test_the_memory_that_a_graph_reads_is_not_freed():
     model = Model()
-    memory, watch = StorageWeakRef(model.embed.weight.untyped_storage()), graph_buckets.Watch(model)
+    memory, watch = StorageWeakRef(model.embed.weight.untyped_storage()), graph_watch.Watch(model)
     model.double()
     assert not memory.expired()
     assert watch.changed()

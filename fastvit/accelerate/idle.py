@@ -25,12 +25,13 @@ def became_idle(module: nn.Module, x: Tensor, served: bool) -> bool:
 
     If none did, the call's result is to be the original forward's, as the next one's will be: the same bits.
     """
-    idle = not served and _is_quiet(module) and type(x) is Tensor and backends.is_automatic()
-    if idle:
-        module.__dict__[ATTRIBUTE] = _kind(x)
-    else:
+    if not (_is_quiet(module) and type(x) is Tensor and backends.is_automatic()):
+        return False  # and what was seen of other calls stands
+    if served:
         forget(module)
-    return idle
+    else:
+        module.__dict__[ATTRIBUTE] = _kind(x)
+    return not served
 
 
 def _is_quiet(module: nn.Module) -> bool:

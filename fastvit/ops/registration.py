@@ -47,6 +47,11 @@ def call(op: Any, *args: Any) -> Any:
     return below_autograd(op if _is_watched(args) else _kernels[op], *args)
 
 
+def kernels_of(op: Any) -> Callable | None:
+    """What runs it, of an op that is registered here."""
+    return _kernels.get(op)
+
+
 def _is_watched(args: tuple) -> bool:
     """Whether a mode, a tracer or a tensor of another type is to see the op itself."""
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
