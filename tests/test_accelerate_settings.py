@@ -92,6 +92,8 @@ def test_a_block_that_no_kernel_serves_runs_its_original_forward_at_once(monkeyp
         with fastvit.use_backend(layer_norm_mlp="cpp"):  # by name, it is never left out
             close(fast(images(batch=5)), model(images(batch=5)))
         assert len(gathered) == 6
+        fast(images(batch=5))  # what was seen of automatic calls stands
+        assert len(gathered) == 6
         fastvit.accelerate(fast)  # told something new
         fast(images(batch=5))
         assert len(gathered) == 8

@@ -175,20 +175,31 @@ def test_what_draws_numbers_runs_eagerly():
     assert replays(runner) == 0
 
 
-def test_what_is_computed_outside_of_torch_is_found_out():
-    class Outside(Plain):
+@pytest.mark.parametrize("x", [X, torch.ones(8, 3, 8, 8), torch.arange(8)], ids=["images", "ones", "ids"])
+def test_what_is_computed_outside_of_torch_is_found_out(x):
+    class Outside(nn.Module):
         def forward(self, x):
-            y = super().forward(x)
+            y = x * 2.0
             return y + ctypes.c_float.from_address(y.data_ptr()).value
 
     with pytest.warns(RuntimeWarning, match="a replay gives other numbers"):
-        runner_of(Outside())(X)
+        runner_of(Outside())(x)
+
+
+def test_a_tensor_at_the_address_of_one_that_is_gone():
+    recorder, other = graph_cpu._Recorder([X]), torch.ones(3)
+    with recorder:
+        gone = X + 1
+        recorder._known[id(other)] = recorder._known[id(gone)]
+        del gone
+        out = other + 1
+    assert torch.equal(recorder.code([out])(X)[0], out)
 
 
 def test_inputs_that_are_edited_and_given_back():
     class Edits(nn.Module):
         def forward(self, x):
-            return x.mul_(2), x.sum(), x[:, :1].expand(-1, 5, -1, -1), self.table
+            return x.mul_(2), x.sum(), (x[:, :1] + 1).expand(-1, 5, -1, -1), self.table
 
     model = Edits()
     model.table = nn.Parameter(torch.randn(3))
