@@ -23,9 +23,7 @@ class Bucket:
         self.reading, self.replays = Reading(), 0
         try:
             with self.reading:
-                with device.aside():
-                    forward(inputs)
-                    self._outside = device.on_trial(forward, inputs)
+                self._outside = device.on_trial(forward, inputs)
                 self._graph, self._inputs, out = device.capture(forward, places, inputs)
         except Exception as error:
             raise Uncapturable(_in_one_line(error)) from error
@@ -34,19 +32,15 @@ class Bucket:
             if not isinstance(leaf, (Tensor, int, float, str, type(None))):
                 raise Uncapturable(f"it returns a {type(leaf).__name__}, which is no pytree of tensors")
         self._size = places[0].shape[0]
-        self._filled = self._size  # rows that may not be zero
 
-    def fill(self, tensors: Sequence[Tensor], batch: int) -> None:
-        """Copy the call's tensors in; rows beyond the batch are zeros."""
+    def run(self, tensors: Sequence[Tensor], batch: int) -> None:
+        """Copy the call's tensors in, above zeros for the rows beyond the batch, and replay."""
         for place, tensor in zip(self._inputs, tensors, strict=True):
             if place.shape == tensor.shape:
                 place.copy_(tensor)
             else:
                 place[:batch].copy_(tensor)
-                place[batch : self._filled].zero_()
-        self._filled = batch
-
-    def replay(self) -> None:
+                place[batch:].zero_()
         self._graph.replay()
         self.replays += 1
 
@@ -65,4 +59,4 @@ class Bucket:
 
 def _in_one_line(error: Exception) -> str:
     text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return text if isinstance(error, Uncapturable) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, Uncapturable) else f"{type(error).__name__}: {text[:200]}"

@@ -56,6 +56,11 @@ class Place(NamedTuple):
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For a run that may edit them."""
+    return [tensor.clone() for tensor in tensors]
+
+
 class Eager(Exception):
     """The call is to run eagerly: Eager(reason)."""
 
@@ -104,7 +109,9 @@ class Call(NamedTuple):
 
     def kind(self, size: int) -> Kind:
         places = tuple(Place.of(tensor, self.batch, size) for tensor in self.tensors)
-        return Kind(places, self.spec, self.values, _settings(self.device.type))
+        # 0.0 and -0.0 are equal, and divide into different things.
+        values = tuple((t, repr(v) if t in (float, complex) else v) for t, v in self.values)
+        return Kind(places, self.spec, values, _settings(self.device.type))
 
 
 def _settings(device: str) -> tuple:
@@ -116,7 +123,8 @@ def _settings(device: str) -> tuple:
         *(tf32("linear"), tf32("patch_embed"), torch.are_deterministic_algorithms_enabled()),
         *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
         *(cudnn.benchmark, cudnn.deterministic, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()),
-        *(cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        *(cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), torch.get_default_dtype()),
+        *(torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled),
     )
 
 
@@ -132,13 +140,16 @@ class Forward(NamedTuple):
 
 
 class Graph(Protocol):
-    """What was captured: a replay reads the inputs' places and writes the outputs'."""
+    """What was captured: a replay reads the inputs' places, which it may edit, and writes the outputs'."""
 
     def replay(self) -> None: ...
 
 
 class Device(Protocol):
     """A kind of device as graphs need it."""
+
+    # Whether a replay goes on while Python does.
+    is_asynchronous: bool
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -148,11 +159,8 @@ class Device(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """In which a call of the runner runs."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """In which runs before a capture are."""
-
     def on_trial(self, forward: Forward, inputs: list[Tensor]) -> list[Tensor]:
-        """A run that ends at what no graph can hold; returns what it read beside weights and inputs."""
+        """Runs that end at what no graph can hold; returns what is to be held with the graph."""
 
     def capture(
         self, forward: Forward, places: Sequence[Place], inputs: list[Tensor]

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph_calls import Forward, Place
-from .graph_trial import on_trial
+from .graph_calls import Forward, Place, copies
+from .graph_trial import outside
 
 
 class Gpu:
     """CUDA graphs of one pool of memory, captured on a stream of its own, replayed one after the other."""
+
+    is_asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._last = device, None
@@ -40,7 +42,7 @@ class Gpu:
                 self._last = current
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def _aside(self) -> Iterator[None]:
         """On a side stream, when all streams have waited, as torch has it before a capture."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._side):
@@ -48,7 +50,9 @@ class Gpu:
         torch.cuda.current_stream().wait_stream(self._side)
 
     def on_trial(self, forward: Forward, inputs: list[Tensor]) -> list[Tensor]:
-        return on_trial("cuda", forward, inputs)
+        with self._aside():
+            forward(copies(inputs))
+            return outside("cuda", forward, inputs)
 
     def capture(
         self, forward: Forward, places: Sequence[Place], inputs: list[Tensor]
@@ -58,7 +62,8 @@ class Gpu:
         # Alone it leaves its stream current where the capture fails.
         with torch.cuda.stream(self._stream), captured:
             placed = [place.empty() for place in places]
-            return graph, placed, forward(placed)
+            # Not the places themselves: the model may give its input another shape.
+            return graph, placed, forward([place.detach() for place in placed])
 
     @staticmethod
     def is_capturing() -> bool:

@@ -45,7 +45,7 @@ class Watch:
         self._hooks += [getattr(torch_modules, f"_global{name}") for name in _HOOKS]
         self._members, self._facts = self._contents(), self._told()
         self._tensors = [member for member in self._members if isinstance(member, Tensor)]
-        self._plain = [tensor for tensor in self._tensors if type(tensor) in PLAIN]
+        self._plain = [tensor for tensor in self._tensors if why_not_plain(tensor) is None]
         self._memory = [tensor.detach() for tensor in self._plain]
         self._places = self._where()
 
@@ -65,8 +65,8 @@ class Watch:
                 return "a module carries a hook"
         if any(own["training"] for own in self._own):
             return "a module is in training mode"
-        other = next((type(tensor) for tensor in self._tensors if type(tensor) not in PLAIN), None)
-        return None if other is None else f"a parameter is a {other.__name__}"
+        why = next(filter(None, map(why_not_plain, self._tensors)), None)
+        return None if why is None else f"a parameter is {why}"
 
     def _contents(self) -> list:
         return [member for table in self._tables for member in table.values()]
@@ -77,8 +77,18 @@ class Watch:
         return [*map(type, self._modules), *told]
 
     def _where(self) -> list:
-        return [*map(Tensor.data_ptr, self._plain), *map(Tensor.stride, self._plain)]
+        lies = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._plain]
+        return [*map(Tensor.data_ptr, self._plain), *lies]
 
 
-PLAIN = (Tensor, nn.Parameter)
+def why_not_plain(tensor: Tensor) -> str | None:
+    """What a tensor is whose memory is more than its numbers, or None."""
+    if type(tensor) not in _PLAIN:
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return f"quantized, nested, or laid out as {tensor.layout}"
+    return None
+
+
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

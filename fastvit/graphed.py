@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .graph_buckets import Bucket
-from .graph_calls import Call, Device, Eager, Forward, Kind, Place, Uncapturable
+from .graph_calls import Call, Device, Eager, Forward, Kind, Place, Uncapturable, copies
 from .graph_cpu import Cpu
 from .graph_gpu import Gpu
-from .graph_watch import PLAIN, Watch, onlooker
+from .graph_watch import Watch, onlooker, why_not_plain
 
 # Where calls can be captured, and how.
 DEVICES: dict[str, type[Device]] = {"cuda": Gpu, "cpu": Cpu}
@@ -24,7 +24,8 @@ MOST_BUCKETS = 64
 # How often in a row all graphs may be dropped before one was of use.
 MOST_IN_VAIN = 8
 # torch captures one CUDA graph at a time in a process.
-_capturing = threading.RLock()
+_capturing = threading.Lock()
+_thread = threading.local()
 
 
 class graphed:
@@ -33,13 +34,16 @@ class graphed:
     A call whose batch is one of ``batch_sizes`` replays what the first like it has left, one for each batch,
     image size, dtype, memory layout, autocast and choice of backends: on a GPU a CUDA graph, on a CPU the
     ops that the model came down to, one after the other. Others run the model, and ``explain`` says why:
-    with gradients, in training, with hooks, while traced, or where the model reads numbers that it computes,
-    which is warned of too.
+    with gradients, in training, with hooks, while traced; and, with a warning, where the model has to know
+    numbers that it computes, or on a CPU draws some or computes outside of torch.
 
     Weights edited in place are followed, and what was derived from them is derived anew (after an edit
     through ``.data``, once fastvit.refresh is called). Where parameters, buffers or modules are replaced
-    or moved, graphs are captured again; until then the runner holds the memory of the old ones.
+    or moved, graphs are captured again; until then the runner holds the memory of the old ones. Nothing else
+    is seen: after a change of an attribute or a config, or in a runner inside the model, call ``reset``.
 
+    The first call of a kind runs the model several times. Arguments are copied: those that are not dense are
+    packed, so that sums over them may round otherwise, and what the model edits in place are the copies.
     A runner takes one call at a time. On a GPU that is the time in which they are put on their streams, and
     graphs, which share memory, run one after the other whatever streams they are on; on a CPU it is the whole
     call, so that each thread which is to compute by itself wants a copy of the runner. Copies and pickles
@@ -138,9 +142,8 @@ class graphed:
             raise Eager("no argument is a tensor with a batch")
         if self.model.training:
             raise Eager("the model is in training mode")
-        other = next((type(tensor) for tensor in call.tensors if type(tensor) not in PLAIN), None)
-        if other is not None:
-            raise Eager(f"an argument is a {other.__name__}")
+        if (why := next(filter(None, map(why_not_plain, call.tensors)), None)) is not None:
+            raise Eager(f"an argument is {why}")
         devices = {tensor.device for tensor in call.tensors}
         if len(devices) > 1 or call.device.type not in DEVICES:
             raise Eager(f"its arguments are on {', '.join(sorted(map(str, devices)))}")
@@ -149,6 +152,10 @@ class graphed:
             raise Eager("gradients are recorded: call it under torch.no_grad()")
         if (reason := onlooker(DEVICES[call.device.type].is_capturing)) is not None:
             raise Eager(reason)
+        if getattr(_thread, "captures", False):  # whose lock another thread may hold
+            raise Eager("a model that it is in is being captured")
+        if len(set(map(id, call.tensors))) < len(call.tensors):
+            raise Eager("two of its arguments are the same tensor")
 
     def _size(self, batch: int) -> int:
         """Raises Eager if there is none for the batch."""
@@ -158,17 +165,19 @@ class graphed:
         raise Eager(f"a batch of {batch} is none of its sizes")
 
     def _replayed(self, call: Call, size: int) -> Any:
-        with self._device(call).turn():
+        device = self._device(call)
+        with device.turn():
             bucket, is_new = self._bucket(call, size)
-            bucket.fill(call.tensors, call.batch)
-            bucket.replay()
-            # Asked while a GPU computes: a graph that is out of date does no harm.
+            if device.is_asynchronous:  # and asks while it runs: a graph that is out of date does no harm
+                bucket.run(call.tensors, call.batch)
             if is_new or not self._watch.changed():
                 if (reason := self._watch.why_eager()) is not None:
                     raise Eager(reason)
-                if not bucket.reading.is_current():
+                is_current = bucket.reading.is_current()
+                if not is_current:
                     bucket.reading.derive()
-                    bucket.replay()
+                if not (is_current and device.is_asynchronous):
+                    bucket.run(call.tensors, call.batch)
                 return bucket.results(call.batch, self.clone)
             self._look()
         return self._replayed(call, size)
@@ -185,7 +194,7 @@ class graphed:
             return bucket, False
         if kind in self._refused:
             raise Eager(self._refused[kind])
-        if len(self._buckets) >= MOST_BUCKETS or self._in_vain >= MOST_IN_VAIN:
+        if len(self._buckets) + len(self._refused) >= MOST_BUCKETS or self._in_vain >= MOST_IN_VAIN:
             raise Eager("too many graphs were captured; reset() frees them and begins again")
         try:
             self._buckets[kind] = self._captured(kind, call)
@@ -204,7 +213,7 @@ class graphed:
             inputs = list(map(Place.filled, kind.places, call.tensors))
             forward = Forward(self.model, call)
             # What the model raises is the caller's; and weights are derived, kernels compiled.
-            forward(inputs)
+            forward(copies(inputs))
             self._look()
             bucket = Bucket(self._device(call), forward, kind.places, inputs)
         if self._watch.changed():
@@ -226,11 +235,16 @@ class graphed:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without gradients, inference tensors, and the casts in autocast's cache, which ends with it."""
+    """Without gradients, inference tensors, and the casts in autocast's cache, which ends with it.
+
+    Other runners run their models inside, and a CPU's random numbers go on as if nothing had been drawn.
+    """
     keeps = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
+    _thread.captures = True
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
+        _thread.captures = False
         torch.set_autocast_cache_enabled(keeps)

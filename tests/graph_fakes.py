@@ -22,6 +22,7 @@ X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 class Fake:
     """A GPU of which a test can ask how often it captured and replayed."""
 
+    is_asynchronous = True
     captures = replays = renewals = 0
     capturing = False
     model: nn.Module
@@ -35,14 +36,13 @@ class Fake:
     def turn(self):
         return nullcontext()
 
-    aside = turn
-
     @staticmethod
     def is_capturing():
         return Fake.capturing
 
     def on_trial(self, forward, inputs):
-        return graph_trial.on_trial("cpu", forward, inputs)
+        forward(inputs)
+        return graph_trial.outside("cpu", forward, inputs)
 
     def capture(self, forward, places, inputs):
         Fake.captures += 1
@@ -101,7 +101,7 @@ class FakeGraph:
         self.inputs = inputs
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(derived, "kept", noted)
-            self.outputs = self.run(inputs)
+            self.outputs = self.run([tensor.detach() for tensor in inputs])
         return self.outputs
 
     def replay(self):
@@ -111,7 +111,7 @@ class FakeGraph:
             patch.setattr(derived, "kept", lambda *args: next(read))
             swapped = nn.utils.stateless._reparametrize_module(self.model, self.memory)
             with swapped, torch.inference_mode(False):
-                again = self.run(self.inputs)
+                again = self.run([tensor.detach() for tensor in self.inputs])
             for place, new in zip(tree_leaves(self.outputs), tree_leaves(again), strict=True):
                 if isinstance(place, Tensor):
                     place.copy_(new)

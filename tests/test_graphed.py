@@ -3,7 +3,6 @@
 import copy
 import pickle
 import threading
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from graph_fakes import DEVICES, Fake, Mixed, Model, Plain, X, assert_same, on_device, runner_of
 from torch import nn
 
-import fastvit
 from fastvit import graphed
 
 
@@ -46,96 +44,6 @@ def test_without_clones_the_next_call_overwrites():
     assert not torch.equal(first, before)
 
 
-KINDS = {
-    "batch": X[:1],
-    "image size": torch.randn(8, 12, 4, 4),
-    "dtype": X.double(),
-    "layout": X.to(memory_format=torch.channels_last),
-}
-
-
-@pytest.mark.parametrize("other", KINDS.values(), ids=KINDS)
-def test_each_kind_of_call_has_its_graph(other):
-    runner = runner_of()
-    assert_same(runner, X, captures=1)
-    assert_same(runner, other, captures=2)
-    assert_same(runner, X, captures=2)
-    assert_same(runner, other, captures=2)
-
-
-SETTINGS = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast, float16": lambda: torch.autocast("cpu", torch.float16),
-    "use_backend": lambda: fastvit.use_backend("reference"),
-    "use_backend, one op": lambda: fastvit.use_backend(attention="reference"),
-    "sdpa": lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
-    "tf32": lambda: tf32(),
-    "deterministic": lambda: torch.backends.cudnn.flags(deterministic=True),
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_each_setting_has_its_graph(setting):
-    runner = runner_of()
-    assert_same(runner, X, captures=1)
-    with setting():
-        assert_same(runner, X, captures=2)
-    assert_same(runner, X, captures=2)
-    with setting():
-        assert_same(runner, X, captures=2)
-
-
-@contextmanager
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-def test_casts_in_autocasts_cache_are_not_captured():
-    seen = []
-
-    class Asks(Plain):
-        def forward(self, x):
-            seen.append(torch.is_autocast_cache_enabled())
-            return super().forward(x)
-
-    runner = runner_of(Asks())
-    with torch.autocast("cpu", torch.bfloat16):
-        runner.capture(X)
-        assert torch.is_autocast_cache_enabled()
-    assert Fake.captures == 2
-    assert not any(seen)
-
-
-LAYOUTS = {
-    "channels last": X.to(memory_format=torch.channels_last),
-    "a crop": torch.randn(8, 3, 12, 12)[:, :, 2:10, 1:9],
-    "expanded": X[:1].expand(8, -1, -1, -1),
-    "one image": torch.randn(8, 8, 3).permute(2, 0, 1)[None],  # whose batch has the stride of a pixel
-}
-ORDERS = {"channels last": (0, 2, 3, 1), "one image": (0, 2, 3, 1)}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_memory_layouts(name):
-    class Strides(Plain):
-        def forward(self, x):
-            strides.append(x.stride())
-            return super().forward(x)
-
-    strides, x = [], LAYOUTS[name]
-    runner = runner_of(Strides())
-    runner(x)
-    order = ORDERS.get(name, (0, 1, 2, 3))
-    expected = torch.empty_permuted(x.shape, order).stride()
-    assert set(strides) == {expected}
-    assert_same(runner, x, captures=1)
-
-
 def test_padding_runs_the_next_larger_size_and_cuts():
     runner = runner_of(batch_sizes=(1, 4, 8), pad=True)
     for batch, captures in [(7, 1), (2, 2), (5, 2), (3, 2), (8, 2), (1, 3)]:
@@ -166,6 +74,28 @@ def test_without_padding_other_batches_run_eagerly():
         assert_same(runner, X[:batch])
         assert f"batch of {batch}" in runner.explain()
     assert Fake.captures == 0
+
+
+def test_padding_rows_are_zeros_again_where_the_model_edits_them():
+    class Edits(nn.Module):
+        def forward(self, x):
+            x.add_(1)
+            return x - x.sum(0)
+
+    runner = runner_of(Edits(), pad=True)
+    first = runner(X[:3])
+    for _ in range(3):
+        assert torch.equal(runner(X[:3]), first)
+
+
+def test_inputs_that_get_another_shape():
+    class Squeezes(nn.Module):
+        def forward(self, x):
+            return x.squeeze_(1).sum(-1)
+
+    runner, x = runner_of(Squeezes()), torch.randn(8, 1, 3)
+    for _ in range(3):
+        assert torch.equal(runner(x.clone()), x[:, 0].sum(-1))
 
 
 def test_capture_takes_the_largest_first_and_any_example():
@@ -279,6 +209,31 @@ def test_a_runner_in_a_model_that_is_run_by_a_runner():
     done.start()
     done.join(20)
     assert not done.is_alive()
+
+
+def test_two_threads_capture_models_that_share_a_runner():
+    inner, entered, waited = runner_of(Plain()), threading.Event(), threading.Event()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = inner.model
+
+        def forward(self, x):
+            entered.set()
+            waited.wait(1)
+            return inner(x) + 1
+
+    outer = graphed(Outer().eval())
+    Fake.model = outer.model
+    first = threading.Thread(target=torch.no_grad()(lambda: outer(X)), daemon=True)
+    second = threading.Thread(target=torch.no_grad()(lambda: inner(X)), daemon=True)
+    first.start()
+    assert entered.wait(10)
+    second.start()
+    first.join(30), second.join(30)
+    assert not first.is_alive()
+    assert not second.is_alive()
 
 
 @pytest.mark.parametrize("sizes", [(), 8, (0,), (1, -8), (1.0,), ("8",), (True,)])

@@ -1,103 +1,25 @@
-"""A graphed model on a CPU: the same bits by the ops that it came down to, of every library's models."""
+"""A graphed model on a CPU: what a replay reads, edits, holds and gives back."""
 
 import copy
-import ctypes
+import gc
 import threading
-import warnings
-from contextlib import nullcontext
 
-import huggingface_models
 import pytest
-import timm
 import torch
 from accelerated import images, pair
+from cpu_graphs import assert_same, replays, runner_of
 from graph_fakes import Plain, X
-from library_models import open_clip_model, torchvision_model
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastvit
-from fastvit import graph_cpu, graphed
+from fastvit import graph_cpu
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def timm_model(name, **options):
-    torch.manual_seed(0)
-    model = timm.create_model(name, **options)
-    return model, {"x": torch.randn(2, *model.default_cfg["input_size"])}
-
-
-MODELS = {
-    **{
-        f"transformers {name}": lambda name=name: huggingface_models.build(name)
-        for name in huggingface_models.MODELS
-    },
-    "torchvision": torchvision_model,
-    "open_clip": open_clip_model,
-    "timm vit": lambda: (pair()[0], {"x": images()}),
-    "timm eva": lambda: (pair("eva")[0], {"x": images()}),
-    "timm swin": lambda: timm_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
-    "timm convnext": lambda: timm_model("convnext_atto", depths=(1, 1, 1, 1)),
-}
-# What reads numbers of its arguments in Python.
-READERS = {
-    "transformers clip": "_local_scalar_dense",
-    "transformers siglip": "_local_scalar_dense",
-    "transformers siglip2": "tolist",
-}
-RUNS = {
-    "original": nullcontext,
-    "auto": nullcontext,
-    "cpp": lambda: fastvit.use_backend("cpp"),
-}
-
-
-def replays(runner):
-    return sum(bucket.replays for bucket in runner._buckets.values())
-
-
-def assert_same(runner, *args, **kwargs):
-    """The model's bits, by a replay."""
-    before = replays(runner)
-    found, expected = runner(*args, **kwargs), runner.model(*args, **kwargs)
-    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert replays(runner) > before, runner.explain()
-    return found
-
-
-def runner_of(model, *args, **kwargs):
-    return graphed(model.eval(), *args, **kwargs)
-
-
-def others(inputs):
-    """Other numbers of the kind of each of these."""
-    return {name: t * 0.7 if t.is_floating_point() else t.flip(0) for name, t in inputs.items()}
-
-
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_bits_of_the_model(name, run):
-    model, inputs = MODELS[name]()
-    if run != "original":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of models of which nothing is replaced
-            fastvit.accelerate(model, mode="inference")
-    runner = runner_of(model, batch_sizes=(len(next(iter(inputs.values()))),))
-    with RUNS[run]():
-        if name in READERS:
-            with pytest.warns(RuntimeWarning, match=READERS[name]):
-                runner(**inputs)
-            assert replays(runner) == 0
-            return
-        assert_same(runner, **inputs)
-        assert_same(runner, **others(inputs))
-        assert_same(runner, **inputs)
 
 
 @pytest.mark.parametrize(
@@ -164,36 +86,62 @@ def test_no_module_runs_in_a_replay():
     assert not runs
 
 
-def test_what_draws_numbers_runs_eagerly():
-    class Draws(Plain):
-        def forward(self, x):
-            return super().forward(x) + torch.rand(())
+def test_torchs_encoder_with_a_mask():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    runner, x = runner_of(nn.TransformerEncoder(layer, 2)), torch.randn(8, 6, 16)
+    assert_same(runner, x)
+    mask = torch.zeros(8, 6, dtype=torch.bool)
+    with pytest.warns(RuntimeWarning, match="tells Python something of a tensor's numbers"):
+        runner(x, src_key_padding_mask=mask)
+    mask[0, :2] = True
+    assert torch.equal(runner(x, src_key_padding_mask=mask), runner.model(x, src_key_padding_mask=mask))
 
-    runner = runner_of(Draws())
-    with pytest.warns(RuntimeWarning, match="a replay gives other numbers"):
+
+def test_a_tensor_that_the_model_makes_and_edits():
+    class Counts(nn.Module):
+        def forward(self, x):
+            count = torch.tensor(0.0)
+            count += (x > 3).sum()
+            return x, count
+
+    runner = runner_of(Counts())
+    for x in (X, X + 3, X + 3):
+        assert_same(runner, x)
+
+
+def test_a_table_that_has_grown():
+    runner = runner_of(nn.Sequential(nn.Embedding(10, 4)))
+    assert_same(runner, torch.arange(8))
+    runner.model[0] = nn.Embedding(20, 4).eval()
+    beyond = torch.arange(8, 16)
+    assert torch.equal(runner(beyond), runner.model(beyond))
+    assert replays(runner) == 1
+
+
+def test_what_a_runner_held_is_free_at_once():
+    runner = runner_of(Plain())
+    gc.collect()
+    gc.disable()
+    try:
         runner(X)
-    assert replays(runner) == 0
-
-
-@pytest.mark.parametrize("x", [X, torch.ones(8, 3, 8, 8), torch.arange(8)], ids=["images", "ones", "ids"])
-def test_what_is_computed_outside_of_torch_is_found_out(x):
-    class Outside(nn.Module):
-        def forward(self, x):
-            y = x * 2.0
-            return y + ctypes.c_float.from_address(y.data_ptr()).value
-
-    with pytest.warns(RuntimeWarning, match="a replay gives other numbers"):
-        runner_of(Outside())(x)
+        old = StorageWeakRef(runner.model.head.weight.untyped_storage())
+        runner.model.head.weight = nn.Parameter(torch.randn(4, 6))
+        assert not old.expired()
+        runner.reset()
+        assert old.expired()
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_at_the_address_of_one_that_is_gone():
-    recorder, other = graph_cpu._Recorder([X]), torch.ones(3)
+    recorder, other = graph_cpu.Recorder([X]), torch.ones(3)
     with recorder:
         gone = X + 1
         recorder._known[id(other)] = recorder._known[id(gone)]
         del gone
         out = other + 1
-    assert torch.equal(recorder.code([out])(X)[0], out)
+    assert torch.equal(recorder.program([out])(X)[0], out)
 
 
 def test_inputs_that_are_edited_and_given_back():
@@ -247,8 +195,7 @@ def test_a_models_memory_is_not_copied():
     runner(X)
     weights = {t.data_ptr() for t in (model.embed.weight, model.head.weight, model.norm.running_mean)}
     (bucket,) = runner._buckets.values()
-    constants = {t.data_ptr() for t in tree_leaves(vars(bucket._graph._code.__self__)["_buffers"])}
-    assert weights <= constants
+    assert weights <= {tensor.data_ptr() for tensor in bucket._graph._program.constants}
 
 
 def test_only_what_is_needed_is_run_again():
@@ -257,9 +204,10 @@ def test_only_what_is_needed_is_run_again():
             torch.nn.functional.gelu(x)
             return super().forward(x)
 
-    model, recorder = Wasteful().eval(), graph_cpu._Recorder([X])
+    model, recorder = Wasteful().eval(), graph_cpu.Recorder([X])
     with recorder:
         out = model(X)
-    code = recorder.code([out])
-    assert "gelu" not in code.__self__.code
-    assert torch.equal(code(X)[0], out)
+    program = recorder.program([out])
+    assert "gelu" not in program.code.__code__.co_names
+    assert "addmm" in program.code.__code__.co_names
+    assert torch.equal(program(X)[0], out)

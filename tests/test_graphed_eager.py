@@ -1,8 +1,5 @@
 """What no graph can stand for runs as the model itself, with a reason, and costs none of the graphs."""
 
-import warnings
-
-import numpy as np
 import pytest
 import torch
 from graph_fakes import DEVICES, Fake, Plain, X, assert_same, on_device, runner_of, runners
@@ -11,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import graph_trial, recording
+from fastvit import recording
 from fastvit.layers import plain
 
 
@@ -160,102 +157,52 @@ def test_another_device_runs_eagerly(monkeypatch):
     assert "on cpu" in runner.explain()
 
 
-class Syncs(Plain):
-    def forward(self, x):
-        x = super().forward(x)
-        return x * (2 if x.sum().item() > 0 else 3)
-
-
-class Lists(Plain):
-    def forward(self, x):
-        x = super().forward(x)
-        return x * max(x[0].tolist())
-
-
-class Numpy(Plain):
-    def forward(self, x):
-        x = super().forward(x)
-        return x + float(np.asarray(x).max()) + float(x.numpy().max())
-
-
-class Masks(Plain):
-    def forward(self, x):
-        x = super().forward(x)
-        return x[x > 0]
-
-
-class Sends(Plain):
-    def forward(self, x):
-        x.to("meta")
-        return super().forward(x)
-
-
-class Raises(Plain):
-    """Where a capture breaks, as at a call of CUDA that none allows."""
-
-    def forward(self, x):
-        if Fake.capturing:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-        return super().forward(x)
-
-
-class Opaque:
-    def __init__(self, x):
-        self.x = x
-
-
-class Returns(Plain):
-    def forward(self, x):
-        return Opaque(super().forward(x))
-
-
-class Rebuilds(Plain):
-    def forward(self, x):
-        self.norm.running_mean = self.norm.running_mean.clone()
-        return super().forward(x)
-
-
-UNCAPTURABLE = {
-    Syncs: ("_local_scalar_dense", 0),
-    Lists: ("tolist", 0),
-    Numpy: ("__array__", 0),
-    Masks: ("index.Tensor", 0),
-    Sends: ("_to_copy", 0),
-    Raises: ("RuntimeError: operation not permitted", 1),
-    Returns: ("Opaque", 1),
-    Rebuilds: ("replaces", 1),
+OTHERS = {
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x[:, 0, 0].to_sparse_csr(),
+    "nested": lambda x: torch.nested.as_nested_tensor([x[0, 0], x[0, 0, :3]]),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
 }
 
 
-@pytest.mark.parametrize("layer", UNCAPTURABLE, ids=lambda layer: layer.__name__)
-def test_what_no_graph_can_hold_runs_eagerly_from_then_on(layer):
-    reason, captures = UNCAPTURABLE[layer]
-    runner = runner_of(layer())
-    with pytest.warns(RuntimeWarning, match=reason) as caught:
-        runner(X)
-    assert caught[0].filename == __file__
-    assert Fake.captures == captures
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Fake.captures = 0
-        for _ in range(2):
-            found, expected = runner(X), runner.model(X)
-            assert torch.equal(getattr(found, "x", found), getattr(expected, "x", expected))
-    assert Fake.captures == 0
-    assert reason in runner.explain()
-
-
-def test_indices_and_cpu_scalars_are_no_reason():
-    class Indexes(Plain):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_inputs_of_other_layouts(make):
+    class Given(nn.Module):
         def forward(self, x):
-            scale = torch.ones(()).item()
-            return super().forward(x)[:, torch.tensor([1, 0])] * scale
+            return x.shape[0] if x.layout == torch.strided and not x.is_nested else x.layout
 
-    assert graph_trial._waits(torch.ops.aten.index.Tensor, (X, [torch.tensor([1, 0])]), []) is False
-    assert graph_trial._waits(torch.ops.aten.index.Tensor, (X, [X > 0]), []) is True
-    trial = graph_trial._Ops("cuda", [])
-    with trial:
-        Indexes()(X)
+    x, runner = make(X), runner_of(Given(), batch_sizes=(2, 8))
+    assert runner(x) == runner.model(x)
+    assert "laid out as" in runner.explain()
+
+
+def test_weights_of_other_layouts():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(8).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.weight, x)
+
+    runner, x = runner_of(Sparse()), torch.randn(8, 4)
+    assert torch.equal(runner(x), runner.model(x))
+    assert "a parameter is" in runner.explain()
+
+
+def test_a_tensor_that_is_given_twice():
+    class Edits(nn.Module):
+        def forward(self, a, b):
+            a.mul_(2)
+            return a + b
+
+    runner = runner_of(Edits())
+    y, z = X.clone(), X.clone()
+    assert torch.equal(runner(y, y), runner.model(z, z))
+    assert "the same tensor" in runner.explain()
+    y, z = X.clone(), X.clone()
+    assert torch.equal(runner(y, z), runner.model(X.clone(), X))
 
 
 def test_an_error_of_the_model_is_the_callers():
@@ -265,18 +212,3 @@ def test_an_error_of_the_model_is_the_callers():
             runner(torch.randn(8, 3, 9, 9))
     assert Fake.captures == 0
     assert_same(runner, X, captures=1)
-
-
-def test_tensors_from_caches_are_held():
-    class Caches(Plain):
-        def forward(self, x):
-            if getattr(self, "table", None) is None or len(self.table) != x.shape[-1]:
-                self.__dict__["table"] = torch.arange(x.shape[-1])
-            return x * self.table
-
-    runner = runner_of(Caches())
-    runner(X)
-    memory = runner.model.table.untyped_storage()._cdata
-    runner(torch.randn(8, 3, 4, 4))
-    (first, _) = runner._buckets.values()
-    assert memory in [tensor.untyped_storage()._cdata for tensor in first._outside]

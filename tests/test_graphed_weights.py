@@ -62,6 +62,7 @@ REPLACED = {
     "other strides of the same memory": lambda m: setattr(
         m.embed.weight, "data", m.embed.weight.data.as_strided((6, 192), (1, 6))
     ),
+    "a part of itself as data": lambda m: setattr(m.head.bias, "data", m.head.bias.data[:1]),
     "another parameter": lambda m: setattr(m, "gamma", nn.Parameter(torch.randn(4))),
     "another buffer": lambda m: setattr(m.norm, "running_var", torch.rand(6) + 1),
     "another module": lambda m: setattr(m, "embed", nn.Linear(192, 6).eval()),
@@ -166,6 +167,18 @@ def test_derived_from_derived():
     replays = Fake.replays
     runner(X), runner(X[:1])
     assert Fake.replays == replays + 2  # nothing is stale any more
+
+
+def test_an_input_that_is_edited_beside_a_weight_that_was():
+    class Normalizes(Model):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5).div_(0.2))
+
+    runner = runner_of(Normalizes())
+    for captures in (1, 1, 1):
+        assert torch.equal(runner(X.clone()), runner.model(X.clone()))
+        assert Fake.captures == captures
+        runner.model.gamma.mul_(1.5)
 
 
 def test_inside_inference_mode():
