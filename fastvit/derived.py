@@ -102,7 +102,7 @@ class _Read(NamedTuple):
 
 
 class Reading:
-    """What a CUDA graph reads of derived tensors: held, since the graph goes on reading the same memory.
+    """What a graph reads of derived tensors: held, since it goes on reading the same memory.
 
     Inside the ``with`` block (a run before the capture, then the capture) this thread reads what is kept,
     whatever stream derived it, or derives its own: the caller sees to it that the streams have waited.

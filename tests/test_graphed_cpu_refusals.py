@@ -59,7 +59,16 @@ class NumpyMethod(Plain):
         return x + float(x.numpy().max())
 
 
-READ = {Lists: "tolist", Numpy: "__array__", NumpyMethod: "numpy"}
+class Catches(Plain):
+    def forward(self, x):
+        try:
+            most = max(x.flatten().tolist())
+        except Exception:
+            most = 0.0
+        return super().forward(x) * most
+
+
+READ = {Lists: "tolist", Catches: "tolist", Numpy: "__array__", NumpyMethod: "numpy"}
 
 
 @pytest.mark.parametrize("layer", READ, ids=lambda layer: layer.__name__)
