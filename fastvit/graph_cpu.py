@@ -173,5 +173,4 @@ def _other_numbers(tensor: Tensor) -> Tensor:
 
 def _has_same_bits(a: Tensor, b: Tensor) -> bool:
     """NaN too."""
-    same = (a.dtype, a.shape) == (b.dtype, b.shape)
-    return same and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

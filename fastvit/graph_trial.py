@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .graph_calls import Forward, Uncapturable, copies
+from .graph_calls import Forward, Uncapturable
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -87,7 +87,6 @@ def outside(kind: str, forward: Forward, inputs: list[Tensor]) -> list[Tensor]:
     Raises:
         Uncapturable: if it has to know numbers, or moves tensors.
     """
-    inputs = copies(inputs)
     try:
         with Outside(kind, inputs) as ops:
             forward(inputs)

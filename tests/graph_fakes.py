@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastvit import derived, graph_trial, graphed
+from fastvit.graph_calls import copies
 from fastvit.graph_cpu import Cpu
 
 runners = importlib.import_module("fastvit.graphed")
@@ -41,7 +42,7 @@ class Fake:
         return Fake.capturing
 
     def on_trial(self, forward, inputs):
-        forward(inputs)
+        forward(copies(inputs))
         return graph_trial.outside("cpu", forward, inputs)
 
     def capture(self, forward, places, inputs):
