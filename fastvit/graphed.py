@@ -23,6 +23,7 @@ DEVICES: dict[str, type[Device]] = {"cuda": Gpu, "cpu": Cpu}
 MOST_BUCKETS = 64
 # How often in a row all graphs may be dropped before one was of use.
 MOST_IN_VAIN = 8
+_INDICES = (torch.int32, torch.int64)
 # torch captures one CUDA graph at a time in a process.
 _capturing = threading.Lock()
 _thread = threading.local()
@@ -168,7 +169,9 @@ class graphed:
         device = self._device(call)
         with device.turn():
             bucket, is_new = self._bucket(call, size)
-            if device.is_asynchronous:  # and asks while it runs: a graph that is out of date does no harm
+            # And asks while it runs: a graph out of date does no harm, but for an index beyond its table.
+            ahead = device.is_asynchronous and not any(t.dtype in _INDICES for t in call.tensors)
+            if ahead:
                 bucket.run(call.tensors, call.batch)
             if is_new or not self._watch.changed():
                 if (reason := self._watch.why_eager()) is not None:
@@ -176,7 +179,7 @@ class graphed:
                 is_current = bucket.reading.is_current()
                 if not is_current:
                     bucket.reading.derive()
-                if not (is_current and device.is_asynchronous):
+                if not (is_current and ahead):
                     bucket.run(call.tensors, call.batch)
                 return bucket.results(call.batch, self.clone)
             self._look()

@@ -49,7 +49,7 @@ class Fake:
         Fake.captures += 1
         graph, inputs = FakeGraph(Fake.model, forward), [place.empty() for place in places]
         for tensor in inputs:
-            tensor.fill_(float("nan"))  # anything may lie there
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)  # anything may lie there
         Fake.capturing = True
         try:
             return graph, inputs, graph.record(inputs)

@@ -110,15 +110,6 @@ def test_a_tensor_that_the_model_makes_and_edits():
         assert_same(runner, x)
 
 
-def test_a_table_that_has_grown():
-    runner = runner_of(nn.Sequential(nn.Embedding(10, 4)))
-    assert_same(runner, torch.arange(8))
-    runner.model[0] = nn.Embedding(20, 4).eval()
-    beyond = torch.arange(8, 16)
-    assert torch.equal(runner(beyond), runner.model(beyond))
-    assert replays(runner) == 1
-
-
 def test_what_a_runner_held_is_free_at_once():
     runner = runner_of(Plain())
     gc.collect()

@@ -181,6 +181,13 @@ def test_an_input_that_is_edited_beside_a_weight_that_was():
         runner.model.gamma.mul_(1.5)
 
 
+def test_an_index_beyond_a_table_that_has_grown():
+    runner = runner_of(nn.Sequential(nn.Embedding(10, 4)))
+    assert_same(runner, torch.arange(8), captures=1)
+    runner.model[0] = nn.Embedding(20, 4).eval()
+    assert_same(runner, torch.arange(8, 16), captures=2)
+
+
 def test_inside_inference_mode():
     runner = runner_of()
     with torch.inference_mode():
