@@ -5,17 +5,31 @@
 
 namespace fastvit {
 
-WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
-                                OptionalTensor bias, double eps, std::string norm, Tensors folded, bool save,
-                                bool tf32) {
-  const Scope scope("layer_norm_linear", x, weight);
+WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
+                                std::vector<OptionalTensor> biases, double eps, std::string norm, Tensors folded,
+                                bool save, bool tf32) {
+  const Scope scope("layer_norm_linear", x, weights[0]);
   const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
   const Tensor rows = as_rows(x);
   if (!save) {
     if (auto out = folded_linear(rows, how, folded, std::nullopt)) return {shaped_like(x, *out), {}};
   }
-  const Normalized h = norm_rows(rows, how, weight.scalar_type());
-  const Tensor out = shaped_like(x, linear(h.rows, weight, bias, tf32));
+  const Normalized h = norm_rows(rows, how, weights[0].scalar_type());
+  Tensor first = linear(h.rows, weights[0], biases[0], tf32);
+  if (weights.size() > 1) {
+    std::int64_t width = 0;
+    for (const Tensor& w : weights) width += w.size(0);
+    Tensor all = empty_beside(first, {first.size(0), width}, first.scalar_type());
+    std::int64_t at = 0;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const Tensor one = i ? linear(h.rows, weights[i], biases[i], tf32) : first;
+      Tensor place = torch::stable::narrow(all, 1, at, one.size(1));
+      torch::stable::copy_(place, one);
+      at += one.size(1);
+    }
+    first = all;
+  }
+  const Tensor out = shaped_like(x, first);
   return {out, save ? Tensors{h.mean, h.rstd} : Tensors{}};
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 SHARED = ("layer_norm_linear.cpp", "linear_residual.cpp", "layer_norm_mlp.cpp", "registration.cpp")
-CPU = ("rows_cpu.cpp", "products_cpu.cpp", "attention_cpu.cpp")
+CPU = ("rows_cpu.cpp", "products_cpu.cpp", "attention_cpu.cpp", "weight_samples_cpu.cpp")
 # What has six rows by sixteen columns in the registers of AVX2; with AVX-512 oneDNN's products are faster.
 STRIPS = ("panels", "attention_heads")
 # Vector instructions that its loops are compiled for; the library takes the best at run time.

@@ -15,9 +15,9 @@ namespace fastvit {
 using Tensors = std::vector<Tensor>;
 using WithSaved = std::tuple<Tensor, Tensors>;
 
-WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
-                                OptionalTensor bias, double eps, std::string norm, Tensors folded, bool save,
-                                bool tf32);
+WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
+                                std::vector<OptionalTensor> biases, double eps, std::string norm, Tensors folded,
+                                bool save, bool tf32);
 Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                               OptionalTensor norm_bias, Tensor weight, double eps, std::string norm,
                               std::int64_t needs, bool tf32);

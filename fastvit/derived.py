@@ -1,120 +1,175 @@
-"""Tensors derived from parameters (folded, packed), kept beside the model until a parameter changes.
+"""Copies of weights, folded or packed, which are kept where weights are frozen, beside the model.
 
-They are never attributes of a module: a packed copy there breaks deepcopy, pickle, torch.save and `.half()`.
-A kept tensor is valid while each of its sources is the same tensor with the same storage, version, layout
-and dtype. What does not raise a tensor's version: an optimizer's step (`fused=True` writes past it), after
-which everything is derived anew; and edits through `.data`, after which ``refresh`` must be called.
+Only ops that are told ``frozen=True`` keep any, as ``accelerate(mode="inference")`` has it; by default
+weights are read where they lie. An attribute of a module would break deepcopy, pickle, torch.save and
+`.half()`: a copy belongs to the storage of a weight, and dies with it. It is valid while each of its sources
+is the same memory of the same version, layout and dtype, no optimizer has taken a step with it, and a few
+elements of each row are what they were (weight_samples.py). What is written past all of these needs
+``refresh``.
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from itertools import repeat
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
-# id of the first source -> a weak reference that drops this entry, and {name: (sources as they were, value)}
-_kept: dict[int, tuple[weakref.ref, dict[Hashable, tuple[list["_State"], Any]]]] = {}
+from .weight_samples import Sample, can_sample
+
+
+class Copy:
+    """A value derived from weights, and what tells that it is out of date. It keeps none of them alive."""
+
+    def __init__(self, sources: Sequence[Tensor], compute: Callable[[], Any]) -> None:
+        # First: what is written meanwhile is seen the next time.
+        self._see(sources)
+        self._sample = Sample(sources)
+        self.storages = frozenset(state.id for state in self._states)
+        self.value = compute()
+
+    def _see(self, sources: Sequence[Tensor]) -> None:
+        self._states, self._stream = list(map(_State, sources)), _stream(sources[0])
+
+    def is_current(self, sources: Sequence[Tensor], any_stream: bool = False, look: bool = True) -> bool:
+        """Whether nothing tells of a change. Another stream may not have waited for the one that derived it.
+
+        Without ``look`` a graph has begun a look at the weights itself, which on a GPU is a launch.
+        """
+        same = len(sources) == len(self._states) and all(map(_State.is_of, self._states, sources))
+        if not same or not (any_stream or self._stream == _stream(sources[0])):
+            return False
+        return not self._sample.differs(look)
+
+    def renew(self, sources: Sequence[Tensor], compute: Callable[[], Any]) -> None:
+        """The value anew, on the current stream, into the memory where it was."""
+        self._see(sources)
+        self._sample.take()
+        with torch.inference_mode():  # in which tensors of either kind can be written
+            for place, new in zip(tree_leaves(self.value), tree_leaves(compute()), strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(new)
+
+
+# id of the first source's storage -> a weak reference to it that drops this entry, and {name: copy}
+_kept: dict[int, tuple[weakref.ref, dict[Hashable, Copy]]] = {}
 _lock = threading.Lock()
-_hook = None
 _thread = threading.local()
-
-
-def derived(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
-    """``compute()``, or what it gave for the same sources before.
-
-    Nothing is kept while gradients are recorded or a CUDA graph is captured, nor for inference tensors and
-    tensors of other types (fake ones, subclasses).
-
-    Args:
-        name: what is derived, with everything that it depends on beside the sources.
-        sources: the tensors that it is derived from, the first not None: it dies with that one.
-        compute: derives it; must return tensors that share no memory with the sources.
-    """
-    return compute() if (value := kept(name, sources, compute)) is None else value
+_hook = None
 
 
 def kept(name: Hashable, sources: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
-    """What ``derived`` gives, but None, and nothing computed, where it could not be kept."""
-    if torch.is_grad_enabled() or not all(map(_is_plain, sources)):
+    """``compute()``, or what it gave for the same sources before; None where nothing can be kept.
+
+    That is while gradients are recorded, or somebody else captures a CUDA graph; of inference tensors, and
+    tensors of other types (fake ones, subclasses); and where no compiled library can look at the weights.
+
+    Args:
+        name: what is derived, with everything that it depends on beside the sources.
+        sources: the weights that it is derived from; it dies with the first one's storage.
+        compute: derives it; must return tensors that share no memory with the sources.
+    """
+    given = [source for source in sources if source is not None]
+    if torch.is_grad_enabled() or not all(map(_is_plain, given)) or not can_sample(given):
         return None
+    name = (name, tuple(source is None for source in sources))
     if (reading := getattr(_thread, "reading", None)) is not None:
-        return reading.find(name, sources, compute)
-    first = sources[0]
+        return reading.find(name, given, compute)
+    first = given[0]
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    owner, entries = _entries_of(first)
-    states, value = entries.get(name, (None, None))
-    if states is not None and all(map(_State.is_of, states, sources)):
-        return value
-    states, value = list(map(_State, sources)), compute()
+    copy = _copies_of(first).get(name)
+    if copy is None or not copy.is_current(given):
+        copy = Copy(given, compute)
+        _keep(first.untyped_storage(), name, copy)
+    return copy.value
+
+
+def _copies_of(first: Tensor) -> dict[Hashable, Copy]:
+    storage = first.untyped_storage()
+    owner, copies = _kept.get(id(storage), (None, {}))
+    return copies if owner is not None and owner() is storage else {}
+
+
+def _keep(storage: torch.UntypedStorage, name: Hashable, copy: Copy) -> None:
     with _lock:
         _watch_optimizers()
-        if owner is None:
-            owner, entries = weakref.ref(first, partial(_forget, id(first))), {}
-            _kept[id(first)] = owner, entries
-        entries[name] = states, value
-    return value
+        owner, copies = _kept.get(id(storage), (None, {}))
+        if owner is None or owner() is not storage:
+            # With what it needs as arguments: at exit the module's own names go first.
+            owner, copies = weakref.ref(storage, partial(_forget, _kept, id(storage))), {}
+            _kept[id(storage)] = owner, copies
+        copies[name] = copy
 
 
-def _entries_of(first: Tensor) -> tuple[weakref.ref | None, dict]:
-    owner, entries = _kept.get(id(first), (None, {}))
-    return (owner, entries) if owner is not None and owner() is first else (None, {})
+def _forget(kept: dict, key: int, owner: weakref.ref) -> None:
+    if kept.get(key, (None,))[0] is owner:
+        kept.pop(key, None)
 
 
-def everything() -> list[Any]:
-    """All values that are kept now."""
-    return [value for _, entries in _kept.values() for _, value in entries.values()]
+def everything() -> list[Copy]:
+    """All copies that there are now."""
+    return [copy for _, copies in list(_kept.values()) for copy in list(copies.values())]
 
 
-def _forget(key: int, owner: weakref.ref) -> None:
-    if _kept.get(key, (None,))[0] is owner:
-        del _kept[key]
+def copies_of(model: nn.Module) -> dict[tuple, Copy]:
+    """Those of the model's weights, by what they are."""
+    storages = _storages(tensor for tensor in (*model.parameters(), *model.buffers()))
+    found = {}
+    for key, (_, copies) in list(_kept.items()):
+        found |= {(key, name): copy for name, copy in list(copies.items()) if copy.storages & storages}
+    return found
 
 
 def refresh(model: nn.Module | None = None) -> None:
-    """Derive anew at the next call what depends on the model's parameters and buffers, or everything.
+    """Free the copies of the model's weights, or all that there are: the next call makes them anew.
 
-    Needed after an edit through ``.data`` (``p.data.mul_(2)``), which torch records nowhere.
+    Needed in ``mode="inference"`` alone, after an edit that torch records nowhere and that leaves most
+    elements as they were, such as ``p.data[0, 0] = 1``.
     """
     if model is None:
-        return _drop()
-    edited = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        with _lock:
+            _kept.clear()
+            for reading in list(_readings):
+                reading.stale = True
+    else:
+        drop((*model.parameters(), *model.buffers()))
+
+
+def drop(tensors: Iterable[Tensor]) -> None:
+    """Free the copies of these weights."""
+    if not _kept and not _readings:
+        return
+    storages = _storages(tensors)
     with _lock:
-        for _, entries in _kept.values():
-            for name in [name for name, (states, _) in entries.items() if edited & {s.id for s in states}]:
-                del entries[name]
-        for reading in _readings:
-            reading.stale |= reading.depends_on(edited)
+        for key, (_, copies) in list(_kept.items()):  # a list: to look may free storages, which drops entries
+            for name in [name for name, copy in list(copies.items()) if copy.storages & storages]:
+                del copies[name]
+            if not copies:
+                _kept.pop(key, None)
+        for reading in list(_readings):
+            reading.stale |= reading.depends_on(storages)
 
 
-class _Read(NamedTuple):
-    sources: Sequence[Tensor | None]
-    states: list["_State"]
-    compute: Callable[[], Any]
-    value: Any
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {id(tensor.untyped_storage()) for tensor in tensors if _is_plain(tensor)}
 
 
 class Reading:
-    """What a graph reads of derived tensors: held, since it goes on reading the same memory.
+    """The copies that a graph reads: held, since it goes on reading the same memory.
 
     Inside the ``with`` block (a run before the capture, then the capture) this thread reads what is kept,
     whatever stream derived it, or derives its own: the caller sees to it that the streams have waited.
-    Afterwards ``is_current`` tells whether a source has changed, and ``derive`` follows it in place.
+    Afterwards ``is_current`` tells whether a weight has changed, and ``derive`` follows it in place.
     """
 
     def __init__(self) -> None:
         self.stale = False
-        self._reads: dict[tuple, _Read] = {}
-        # What others can edit of it, with its version.
-        self._watched: list[Tensor] = []
-        self._versions: list[int] = []
+        self._reads: dict[tuple, tuple[Copy, Sequence[Tensor], Callable[[], Any]]] = {}
 
     def __enter__(self) -> Self:
         with _lock:
@@ -125,98 +180,72 @@ class Reading:
 
     def __exit__(self, *exc_info) -> None:
         _thread.reading = None
-        # What is derived from derived tensors follows those.
-        inner = {id(leaf) for read in self._reads.values() for leaf in tree_leaves(read.value)}
-        versions = {}
-        for read in self._reads.values():
-            for source, state in zip(read.sources, read.states, strict=True):
-                if source is not None and id(source) not in inner:
-                    versions[id(source)] = source, state.facts[0]
-        self._watched = [source for source, _ in versions.values()]
-        self._versions = [version for _, version in versions.values()]
 
-    def find(self, name: Hashable, sources: Sequence[Tensor | None], compute: Callable[[], Any]) -> Any:
+    def find(self, name: Hashable, sources: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
         """What ``kept`` gives, of sources that it takes."""
         key = (name, *map(id, sources))
-        known = self._reads.get(key)
-        states, value = known[1::2] if known else _entries_of(sources[0])[1].get(name, (None, None))
-        if states is None or not all(map(_State.is_of, states, sources, repeat(True))):
-            states, value = list(map(_State, sources)), compute()
-        self._reads[key] = _Read(sources, states, compute, value)
-        return value
+        copy = self._reads[key][0] if key in self._reads else _copies_of(sources[0]).get(name)
+        if copy is None or not copy.is_current(sources, any_stream=True):
+            copy = Copy(sources, compute)
+        self._reads[key] = copy, sources, compute
+        return copy.value
 
-    def depends_on(self, ids: set[int]) -> bool:
-        return any(id(tensor) in ids for tensor in self._watched)
+    def depends_on(self, storages: set[int]) -> bool:
+        return any(copy.storages & storages for copy, _, _ in self._reads.values())
 
     def is_current(self) -> bool:
-        """Whether no source was edited, no optimizer has taken a step and nobody has asked to refresh."""
-        return not (self.stale and self._reads) and self._versions == [t._version for t in self._watched]
+        """Whether no weight was written, no optimizer has taken a step and nobody has asked to refresh."""
+        if self.stale and self._reads:
+            return False
+        return all(
+            copy.is_current(sources, any_stream=True, look=False) for copy, sources, _ in self._reads.values()
+        )
 
     def derive(self) -> None:
         """Everything anew, on the current stream, into the memory where it was."""
-        # First: what is edited meanwhile is seen the next time.
-        self.stale, self._versions = False, [tensor._version for tensor in self._watched]
-        with torch.inference_mode():  # in which tensors of either kind can be written
-            for read in self._reads.values():
-                for place, new in zip(tree_leaves(read.value), tree_leaves(read.compute()), strict=True):
-                    if isinstance(place, Tensor) and place is not new:
-                        place.copy_(new)
+        self.stale = False
+        for copy, sources, compute in self._reads.values():
+            copy.renew(sources, compute)
 
 
 _readings: weakref.WeakSet[Reading] = weakref.WeakSet()
 
 
 class _State:
-    """A source as it was. Nothing of it is kept alive, and no other tensor at its address is taken for it."""
+    """A weight as it was. No other tensor at its address is taken for it.
 
-    def __init__(self, tensor: Tensor | None) -> None:
-        self.id = None if tensor is None else id(tensor)
-        if tensor is None:
-            return
-        self.ref = weakref.ref(tensor)
-        # Holds the storage's address, though not its memory: no other storage gets it.
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.facts = _facts(tensor)
+    The reference is to its storage: one to a parameter would keep torch.utils.swap_tensors from working.
+    """
 
-    def is_of(self, tensor: Tensor | None, any_stream: bool = False) -> bool:
-        if tensor is None or self.id is None:
-            return self.id is tensor
-        facts = _facts(tensor)
-        if any_stream:
-            facts = (*facts[:-1], self.facts[-1])
-        return (
-            self.ref() is tensor
-            and self.facts == facts
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-        )
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.id, self._storage, self._facts = id(storage), weakref.ref(storage), _facts(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return self._facts == _facts(tensor) and self._storage() is tensor.untyped_storage()
 
 
 def _facts(tensor: Tensor) -> tuple:
-    return (
-        *(tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()),
-        _stream(tensor) if tensor.is_cuda else None,
-    )
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _stream(tensor: Tensor) -> int:
-    """Another stream may not have waited for the one that derived it."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+def _stream(tensor: Tensor) -> int | None:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
 
 
-def _is_plain(source: Tensor | None) -> bool:
-    return source is None or (type(source) in _PLAIN and not source.is_inference())
+def _is_plain(source: Tensor) -> bool:
+    return type(source) in _PLAIN and source.layout == torch.strided and not source.is_inference()
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _drop(*_: Any) -> None:
-    with _lock:
-        _kept.clear()
-        for reading in _readings:
-            reading.stale = True
-
-
 def _watch_optimizers() -> None:
     global _hook
-    _hook = _hook or register_optimizer_step_post_hook(_drop)
+    _hook = _hook or register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    """Some steps write past the version; what another model's optimizer did concerns its own parameters."""
+    if _kept or _readings:
+        drop(p for group in optimizer.param_groups for p in group["params"])

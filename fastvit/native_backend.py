@@ -35,10 +35,11 @@ class Call(NamedTuple):
 
 
 def _layer_norm_linear(x, norm_weight, norm_bias, weight, bias=None, **_) -> Call:
+    weight = weight if isinstance(weight, Tensor) else weight[0]  # several weights are of one kind
     return Call(x, weight, None, (norm_weight, norm_bias), (), None)
 
 
-def _linear_residual(x, weight, bias, residual, *, layer_scale=None, sample_scale=None) -> Call:
+def _linear_residual(x, weight, bias, residual, *, layer_scale=None, sample_scale=None, **_) -> Call:
     return Call(x, weight, residual, (), (layer_scale, sample_scale), sample_scale)
 
 
@@ -113,18 +114,27 @@ def worth(op: str, device: str, *args, **options) -> str | None:
     call = CALLS[op](*args, **options)
     dtype, rows = compute_dtype(call.weight), call.x.shape[0] * call.x.shape[1]
     named = "tf32" if device == "cuda" and dtype == torch.float32 and tf32(op) else _named(dtype)
-    directions = ("fwd", "bwd") if needs_gradient(*args, *options.values()) else ("fwd",)
+    recorded = needs_gradient(*_flat(args), *options.values())
+    directions = ("fwd", "bwd") if recorded else ("fwd",)
     width = call.x.shape[-1] if call.stream is None else call.stream.shape[-1]
     sizes = {"width": width, "rows": rows}
-    reason = measurements.refusal(op, name, named, directions, _beside(call, options), sizes)
+    beside = _beside(call, options, bool(options.get("frozen")) and not recorded)
+    reason = measurements.refusal(op, name, named, directions, beside, sizes)
     if reason is None or torch.compiler.is_compiling():
         return reason
     return f"{reason} on {name} at D = {width}"
 
 
-def _beside(call: Call, options: dict) -> str:
+def _flat(args: tuple) -> list:
+    """With several weights and biases one after the other."""
+    return [one for value in args for one in (value if isinstance(value, tuple) else (value,))]
+
+
+def _beside(call: Call, options: dict, frozen: bool) -> str:
     """What a table names of a call beside the plain op."""
     beside = {
+        # Weights that are read in a copy made for it.
+        "frozen": frozen,
         "gated": options.get("activation") == "swiglu",
         "inner_norm": len(call.norms) == 4 and call.norms[2] is not None,
         "scaled": any(scale is not None for scale in call.scales),

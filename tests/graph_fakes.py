@@ -138,8 +138,8 @@ class Model(nn.Module):
 
     def forward(self, x):
         x = self.norm(self.embed(x.flatten(1).to(self.embed.weight.dtype)))
-        value = derived.derived("folded", (self.head.weight, self.head.bias, self.gamma), self.folded)
-        return nn.functional.linear(x, *value)
+        sources = self.head.weight, self.head.bias, self.gamma
+        return nn.functional.linear(x, *derived.kept("folded", sources, self.folded) or self.folded())
 
 
 class Plain(Model):

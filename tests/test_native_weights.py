@@ -1,8 +1,9 @@
-"""Packed and folded weights follow their parameters through everything that changes a parameter."""
+"""Weights as they lie, and packed and folded ones, follow everything that changes a parameter."""
 
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from native_calls import OPS, needs_library
 from op_checks import within_contract
 from weight_changes import CHANGES, Layer, edited
 
-from fastvit import derived, ops, use_backend
+from fastvit import derived, ops, reference, use_backend
 
 pytestmark = needs_library()
 
@@ -25,15 +26,16 @@ def _cpp():
 
 def _kept():
     """Every packed or folded weight there is."""
-    return [weight for weight, _ in derived.everything()]
+    return [copy.value[0] for copy in derived.everything()]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_seen(op, change):
-    model = Layer(op)
+def test_a_change_is_seen(op, change, frozen):
+    model = Layer(op, frozen=frozen)
     before = model.judged()
-    assert _kept()
+    assert bool(_kept()) == frozen
     state = {name: value.clone() for name, value in model.state_dict().items()}
     changed = change(model) or model
     after = changed.judged()
@@ -58,8 +60,9 @@ def test_a_change_of_each_parameter_alone_is_seen(op, name):
 @pytest.mark.parametrize("op", OPS[1:])
 def test_a_layer_scale_that_comes_and_goes_is_seen(op):
     call = Layer(op).call()
+    function = partial(getattr(ops, op), frozen=True)
     for scale in (call["layer_scale"], None, call["layer_scale"].clone(), call["layer_scale"]):
-        within_contract(op, call | {"layer_scale": scale})
+        within_contract(op, call | {"layer_scale": scale}, function)
 
 
 # Parameters in float32 as they are, and cast under autocast, one after another.
@@ -94,7 +97,7 @@ def test_parameters_and_their_state_are_left_alone(op):
 def test_nothing_is_kept_while_gradients_are_recorded_nor_of_inference_tensors(op):
     model = Layer(op)
     model().sum().backward()
-    getattr(ops, op)(**{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in model.call().items()})
+    model.function(**{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in model.call().items()})
     assert not _kept()
     with torch.inference_mode():
         inference = Layer(op)
@@ -116,6 +119,28 @@ def test_a_packed_weight_dies_with_its_parameter(op):
     gc.collect()
     assert [reference() for reference in packed] == [None] * len(packed)
     assert not _kept()
+
+
+# A bias that is made of others at each call, as EVA's is, does not keep the weight from being kept.
+def test_several_weights_and_a_bias_made_for_the_call():
+    call = {"x": torch.randn(3, 11, 40), "norm_weight": None, "norm_bias": None}
+    weights = [torch.nn.Parameter(torch.randn(40, 40) / 6) for _ in range(3)]
+    biases = [torch.nn.Parameter(torch.randn(40)) for _ in range(3)]
+    for weight, bias in (
+        (tuple(weights), tuple(biases)),
+        (tuple(weights), (biases[0], None, biases[2])),
+        (weights[0], lambda: biases[0] + 0),
+    ):
+        for _ in range(2):
+            given = call | {"weight": weight, "bias": bias() if callable(bias) else bias}
+            with torch.no_grad():
+                found = ops.layer_norm_linear(**given, frozen=True)
+            kept = derived.everything()
+            torch.testing.assert_close(found, reference.layer_norm_linear(**given), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            ops.layer_norm_linear(**given, frozen=True)
+        assert kept and derived.everything() == kept
+        derived.refresh()
 
 
 # Each change drops what was packed before it. By weak references, as torch's own memory is pooled.

@@ -1,4 +1,4 @@
-"""A layer whose weights are packed and folded, and everything that can change them."""
+"""A layer whose weights may be packed and folded, and everything that can change them."""
 
 import copy
 import io
@@ -18,11 +18,14 @@ SIZES = {"batch": 3, "tokens": 11, "width": 40}
 
 
 class Layer(nn.Module):
-    """An op with parameters of its own, LayerScale and a gate among them, of other numbers for each seed."""
+    """An op with parameters of its own, LayerScale and a gate among them, of other numbers for each seed.
 
-    def __init__(self, op, seed=0):
+    Frozen, it keeps copies of them.
+    """
+
+    def __init__(self, op, seed=0, frozen=True):
         super().__init__()
-        self.op, self.fixed = op, {}
+        self.op, self.fixed, self.frozen = op, {}, frozen
         torch.manual_seed(seed)
         for name, value in op_cases.build(op, dtype=torch.float32, **op_cases.FULL[op], **SIZES).items():
             if isinstance(value, torch.Tensor) and name not in ACTIVE:
@@ -34,12 +37,15 @@ class Layer(nn.Module):
         dtype = next(self.parameters()).dtype
         return op_cases.converted(self.fixed, lambda t: t.to(dtype)) | dict(self.named_parameters())
 
+    def function(self, **call):
+        return getattr(ops, self.op)(**call, frozen=self.frozen)
+
     def forward(self):
-        return getattr(ops, self.op)(**self.call())
+        return self.function(**self.call())
 
     def judged(self):
         """What it computes is what its parameters are now, by the contract."""
-        within_contract(self.op, self.call())
+        within_contract(self.op, self.call(), self.function)
         with torch.no_grad():
             return self()
 
@@ -86,7 +92,18 @@ def edited(model, factor=1.5):
 def _edited_as_data(model):
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
-    refresh(model)
+
+
+def _refreshed(model):
+    for parameter in model.parameters():
+        parameter.data.view(-1)[1:2].add_(1)
+    if model.frozen:
+        refresh(model)
+
+
+def _edited_as_numpy(model):
+    for parameter in model.parameters():
+        parameter.detach().numpy().__imul__(1.5)
 
 
 CHANGES = {
@@ -94,7 +111,9 @@ CHANGES = {
     "fused SGD": stepped(torch.optim.SGD, fused=True),
     "Adam": stepped(torch.optim.Adam, foreach=False),
     "in place": edited,
-    "through data, and refresh": _edited_as_data,
+    "through data": _edited_as_data,
+    "one element through data, and refresh": _refreshed,
+    "through NumPy": _edited_as_numpy,
     "load_state_dict": _loaded,
     "load_state_dict, assigned": partial(_loaded, assign=True),
     "to float64": lambda m: m.to(torch.float64),

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from timm import layers
 from timm.models import eva
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..layers.plain import LINEARS, Unfused, idle_child, known, plain_child, wei
 from ..layers.regularization import DROP_PATHS
 from . import timm_layers
 from .blocks import FusedBlock
-from .joined import joined, joined_projections
+from .joined import joined_projections
 from .registry import LEFT_ALONE, classes, replaces
 from .timm_embedding import Embedded, embedded
 
@@ -56,7 +57,7 @@ def _qkv(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
         return joined_projections([plain_child(attn, f"{part}_proj", LINEARS) for part in "qkv"])
     weight, bias = weight_and_bias(plain_child(attn, "qkv", LINEARS))
     parts = [getattr(attn, f"{part}_bias", None) for part in "qkv"]
-    return weight, bias if parts[0] is None else joined(parts)
+    return weight, bias if parts[0] is None else torch.cat(parts)  # at every call, as the original does
 
 
 def _rotary(attn: nn.Module, rope: Tensor | None) -> dict:

@@ -110,7 +110,7 @@ class Block(nn.Module):
             return run_mlp(x, half, settings)
 
 
-def attention_half(block: nn.Module, fold: bool = True) -> AttentionHalf:
+def attention_half(block: nn.Module, fold: bool = False) -> AttentionHalf:
     """The half of a block whose parts are norm1, attn, ls1 and drop_path1, as timm names them.
 
     Raises:
@@ -127,7 +127,7 @@ def attention_half(block: nn.Module, fold: bool = True) -> AttentionHalf:
     return AttentionHalf(norm, weight, bias, partial(attend, attn), *weight_and_bias(proj), branch)
 
 
-def mlp_half(block: nn.Module, fold: bool = True) -> MlpHalf:
+def mlp_half(block: nn.Module, fold: bool = False) -> MlpHalf:
     """The half of a block whose parts are norm2, mlp, ls2 and drop_path2.
 
     Raises:

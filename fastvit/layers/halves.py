@@ -21,14 +21,13 @@ from .settings import Settings
 class Branch(NamedTuple):
     """How a half ends: what its branch is multiplied with before it is added to the tokens.
 
-    ``fold`` allows LayerScale, and a norm before a product, in copies of weights where no gradient is
-    recorded.
+    ``fold`` says that weights are frozen: where no gradient is recorded the ops may keep copies of them.
     ``factor`` is one for all samples, in the place of stochastic depth's own.
     """
 
     layer_scale: Tensor | None = None
     drop_path: nn.Module | None = None
-    fold: bool = True
+    fold: bool = False
     factor: float | None = None
 
     def arguments(self, x: Tensor) -> dict:
@@ -37,15 +36,18 @@ class Branch(NamedTuple):
             scale = x.new_full((x.shape[0],), self.factor)
         else:
             scale = sample_scale(self.drop_path, x)
-        return {"layer_scale": self.layer_scale, "sample_scale": scale, "fold": self.fold}
+        return {"layer_scale": self.layer_scale, "sample_scale": scale, "frozen": self.fold}
 
 
 class AttentionHalf(NamedTuple):
-    """x + branch(projection(attend(qkv(norm(x))))): weights are [out, in], biases [out] or None."""
+    """x + branch(projection(attend(qkv(norm(x))))): weights are [out, in], biases [out] or None.
+
+    ``qkv_weight`` and ``qkv_bias`` are of one projection, or tuples of those of q, k and v.
+    """
 
     norm: NormArguments
-    qkv_weight: Tensor
-    qkv_bias: Tensor | None
+    qkv_weight: Tensor | tuple[Tensor, ...]
+    qkv_bias: Tensor | tuple[Tensor | None, ...] | None
     attend: Callable[..., Tensor]
     proj_weight: Tensor
     proj_bias: Tensor | None
@@ -54,7 +56,7 @@ class AttentionHalf(NamedTuple):
     def __call__(self, x: Tensor, **options) -> Tensor:
         """[B, N, D] to [B, N, D]; ``options`` go to ``attend``, behind the packed [B, N, 3 * H * d]."""
         norm, weight = self.norm, self.qkv_weight
-        given = {"eps": norm.eps, "norm": norm.norm, "fold": self.branch.fold, "validate": False}
+        given = {"eps": norm.eps, "norm": norm.norm, "frozen": self.branch.fold, "validate": False}
         packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, self.qkv_bias, **given)
         tokens = self.attend(packed, **options)
         branch = self.branch.arguments(x)

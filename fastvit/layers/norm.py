@@ -61,14 +61,15 @@ class NormArguments(NamedTuple):
     bias: Tensor | None
     eps: float
 
-    def beside(self, weight: Tensor) -> "NormArguments":
-        """Itself, for a product with this weight.
+    def beside(self, weight: Tensor | tuple[Tensor, ...]) -> "NormArguments":
+        """Itself, for a product with this weight, or with several of one dtype.
 
         Raises:
             Unfused: if the dtypes differ; torch's own layers would fail or promote, each in its way.
         """
-        if self.weight is not None and self.weight.dtype != weight.dtype:
-            raise Unfused(f"a norm is in {self.weight.dtype} beside a weight in {weight.dtype}")
+        dtype = weight.dtype if isinstance(weight, Tensor) else weight[0].dtype
+        if self.weight is not None and self.weight.dtype != dtype:
+            raise Unfused(f"a norm is in {self.weight.dtype} beside a weight in {dtype}")
         return self
 
 

@@ -15,7 +15,7 @@ ATTRIBUTE = "_fastvit"
 
 
 class Settings(NamedTuple):
-    """``fold`` allows LayerScale in copies of weights; ``reference_ops`` run as torch's own.
+    """``fold``: weights are frozen, and ops may keep copies of them; ``reference_ops`` run as torch's own.
 
     With ``checkpoint`` "mlp" what MLPs save is computed again in backward; with ``subset`` what stochastic
     depth drops is not computed.
@@ -31,8 +31,8 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "Settings":
-        """Those of the module. One that was told nothing folds: fastvit's own."""
-        return module.__dict__.get(ATTRIBUTE, _OWN)
+        """Those of the module, by default where it was told nothing: fastvit's own."""
+        return module.__dict__.get(ATTRIBUTE, _DEFAULT)
 
     def context(self) -> Any:
         """In which the ops run."""
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
         return (unit - _column(self.mean, unit)) / _column(self.std, unit)
 
 
-_OWN = Settings(fold=True)
+_DEFAULT = Settings()
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

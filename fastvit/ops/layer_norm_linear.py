@@ -13,12 +13,12 @@ def layer_norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    weight: Tensor | tuple[Tensor, ...],
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     *,
     eps: float = 1e-6,
     norm: str = "layer_norm",
-    fold: bool = False,
+    frozen: bool = False,
     validate: bool = True,
 ) -> Tensor:
     """linear(norm(x)).
@@ -26,16 +26,16 @@ def layer_norm_linear(
     Args:
         x: [B, N, D], floating, any strides.
         norm_weight, norm_bias: [D] or None; norm_bias is None for "rms_norm".
-        weight: [O, D], Linear's layout.
-        bias: [O] or None.
+        weight: [O, D], Linear's layout; or several, say of q, k and v, whose outputs are put side by side.
+        bias: [O] or None; one for each of several weights.
         eps: of the norm.
         norm: "layer_norm" or "rms_norm".
-        fold: where no gradient is recorded, the norm may be folded into a copy of the weight that is kept
-            until one of them changes.
+        frozen: where no gradient is recorded, copies of norm and weights may be kept, packed and folded; they
+            follow what `fastvit.accelerate` says of its mode "inference".
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
-        [B, N, O], contiguous.
+        [B, N, O], contiguous; O of all weights together.
 
     Raises:
         ValueError: for a wrong rank, shape, device or norm.
@@ -44,39 +44,47 @@ def layer_norm_linear(
 
     Source: LayerNorm arXiv 1607.06450, RMSNorm arXiv 1910.07467.
     """
-    tensors = (x, norm_weight, norm_bias, weight, bias)
+    inputs = (x, norm_weight, norm_bias, weight, bias)
+    tensors = (x, norm_weight, norm_bias, *several(weight), *several(bias))
     if overridden(tensors):
-        return handle_torch_function(layer_norm_linear, tensors, *tensors, eps=eps, norm=norm, fold=fold)
+        return handle_torch_function(layer_norm_linear, tensors, *inputs, eps=eps, norm=norm, frozen=frozen)
     if validate:
-        _check(*tensors, norm)
-    backend = backends.resolve("layer_norm_linear", *tensors, eps=eps, norm=norm)
+        _check(*inputs, norm)
+    backend = backends.resolve("layer_norm_linear", *inputs, eps=eps, norm=norm, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .layer_norm_linear_native import layer_norm_linear as native
 
-        return native(*tensors, eps=eps, norm=norm, fold=fold)
-    return reference(*tensors, eps=eps, norm=norm)
+        return native(
+            x, norm_weight, norm_bias, several(weight), several(bias), eps=eps, norm=norm, frozen=frozen
+        )
+    return reference(*inputs, eps=eps, norm=norm)
+
+
+def several(tensors: Tensor | tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
+    """One as of several."""
+    return tensors if isinstance(tensors, (tuple, list)) else (tensors,)
 
 
 def _check(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | tuple[Tensor, ...],
+    bias: Tensor | tuple[Tensor | None, ...] | None,
     norm: str,
 ) -> None:
     op = "layer_norm_linear"
     checks.rank(op, "x", x, "B, N, D")
     checks.floating(op, "x", x)
-    checks.rank(op, "weight", weight, "O, D")
     checks.norm(op, "norm", norm, ("norm_bias", norm_bias))
-    dim, out_features = x.shape[-1], weight.shape[0]
-    checks.fit(
-        op,
-        "x",
-        x,
-        ("weight", weight, (out_features, dim)),
-        ("norm_weight", norm_weight, (dim,)),
-        ("norm_bias", norm_bias, (dim,)),
-        ("bias", bias, (out_features,)),
-    )
+    dim = x.shape[-1]
+    checks.fit(op, "x", x, ("norm_weight", norm_weight, (dim,)), ("norm_bias", norm_bias, (dim,)))
+    weights, biases = several(weight), several(bias)
+    if len(weights) != len(biases):
+        raise ValueError(
+            f"{op}: {len(weights)} weights need as many biases, or None each; there are {len(biases)}"
+        )
+    for i, (one, beside) in enumerate(zip(weights, biases, strict=True)):
+        names = ("weight", "bias") if len(weights) == 1 else (f"weight[{i}]", f"bias[{i}]")
+        checks.rank(op, names[0], one, "O, D")
+        checks.fit(op, "x", x, (names[0], one, (len(one), dim)), (names[1], beside, (len(one),)))

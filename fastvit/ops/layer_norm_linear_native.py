@@ -6,34 +6,42 @@ from torch.autograd import Function
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
 
-INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias"
+INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor?[] biases"
 
 
 def layer_norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
     *,
     eps: float,
     norm: str,
-    fold: bool,
+    frozen: bool,
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
-    dtype = compute_dtype(weight)
-    if needs_gradient(x, norm_weight, norm_bias, weight, bias):
-        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm)
-    inputs = (x, norm_weight, norm_bias, weight, bias)
-    return registration.call(_fwd, *inputs, eps, norm, dtype, True, False, fold)[0]
+    dtype = compute_dtype(weights[0])
+    inputs = (x, norm_weight, norm_bias, weights, biases)
+    if needs_gradient(x, norm_weight, norm_bias, *weights, *biases):
+        return _recorded(*inputs, eps, norm, dtype, frozen)
+    return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen)[0]
+
+
+def _recorded(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, frozen):
+    """Several weights have their gradients by way of one that is made of them for this call."""
+    if frozen:
+        native.release(weights)
+    weight, bias = native.joined(weights), native.joined_bias(weights, biases)
+    cast = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm)
 
 
 class _LayerNormLinear(Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, norm):
-        inputs = (x, norm_weight, norm_bias, weight, bias)
-        out, saved = registration.call(_fwd, *inputs, eps, norm, weight.dtype, False, True, False)
+        inputs = (x, norm_weight, norm_bias, [weight], [bias])
+        out, saved = registration.call(_fwd, *inputs, eps, norm, weight.dtype, True, False)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, *saved)
         ctx.eps, ctx.norm = eps, norm
         return out
@@ -49,27 +57,27 @@ class _LayerNormLinear(Function):
         return *[next(given) if needed else None for needed in needs], None, None
 
 
-def _fwd_kernels(x, norm_weight, norm_bias, weight, bias, eps, norm, dtype, keep, save, fold=False):
+def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
     folded = []
-    if keep and fold and native.folds("layer_norm_linear", x, weight, dtype):
-        folded = native.folded(norm_weight, norm_bias, weight, bias, dtype)
-    weight, bias, _ = native.weights(x, weight, bias, None, dtype, keep)
+    if frozen and native.folds("layer_norm_linear", x, weights, dtype):
+        folded = native.folded(norm_weight, norm_bias, weights, biases, dtype)
+    product = native.product(x, weights, biases, None, dtype, frozen)
     return native.ops.layer_norm_linear_fwd(
-        x, norm_weight, norm_bias, weight, bias, eps, norm, folded, save, native.allows_tf32(x)
+        *(x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, save),
+        native.allows_tf32(x),
     )
 
 
-def _fwd_shapes(x, norm_weight, norm_bias, weight, bias, eps, norm, dtype, keep, save, fold=False):
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+def _fwd_shapes(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
+    out = x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)), dtype=dtype)
     return out, native.statistics_shapes(x, x.shape[0] * x.shape[1], norm, dtype) if save else []
 
 
-def _fwd_autograd(x, norm_weight, norm_bias, weight, bias, eps, norm, dtype, keep, save, fold=False):
-    inputs = (x, norm_weight, norm_bias, weight, bias)
-    if needs_gradient(*inputs):
-        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm), []
-    return registration.below_autograd(_fwd, *inputs, eps, norm, dtype, keep, save, fold)
+def _fwd_autograd(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
+    inputs = (x, norm_weight, norm_bias, weights, biases)
+    if needs_gradient(x, norm_weight, norm_bias, *weights, *biases):
+        return _recorded(*inputs, eps, norm, dtype, frozen), []
+    return registration.below_autograd(_fwd, *inputs, eps, norm, dtype, save, frozen)
 
 
 def _bwd_kernels(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs):
@@ -84,8 +92,8 @@ def _bwd_shapes(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs
 
 
 _fwd = registration.register(
-    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool keep, bool save, "
-    "bool fold=False) -> (Tensor, Tensor[])",
+    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool save, bool frozen=False) "
+    "-> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

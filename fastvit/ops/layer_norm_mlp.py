@@ -28,7 +28,7 @@ def layer_norm_mlp(
     gate_bias: Tensor | None = None,
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
-    fold: bool = True,
+    frozen: bool = False,
     validate: bool = True,
 ) -> Tensor:
     """x + sample_scale * layer_scale * fc2(inner_norm(act(fc1(norm(x))))).
@@ -47,8 +47,8 @@ def layer_norm_mlp(
         sample_scale: [B] or None, one factor a sample (stochastic depth).
         gate_weight, gate_bias: [M, D] and [M], a gate of its own for "swiglu", or None.
         inner_norm_weight, inner_norm_bias: [M] or None, a norm between activation and fc2.
-        fold: where no gradient is recorded, LayerScale and the norm may be folded into copies of the weights
-            that are kept until one of them changes; False leaves them what they are.
+        frozen: where no gradient is recorded, copies of the weights may be kept, packed, and LayerScale and
+            the norm folded in; they follow what `fastvit.accelerate` says of its mode "inference".
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
@@ -74,14 +74,14 @@ def layer_norm_mlp(
     options = {"eps": eps, "activation": activation, "norm": norm, **optional}
     tensors = (*required, *optional.values())
     if overridden(tensors):
-        return handle_torch_function(layer_norm_mlp, tensors, *required, **options, fold=fold)
+        return handle_torch_function(layer_norm_mlp, tensors, *required, **options, frozen=frozen)
     if validate:
         _check(*required, activation, norm, **optional)
-    backend = backends.resolve("layer_norm_mlp", *required, **options)
+    backend = backends.resolve("layer_norm_mlp", *required, **options, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .layer_norm_mlp_native import layer_norm_mlp as native
 
-        return native(*required, **options, fold=fold)
+        return native(*required, **options, frozen=frozen)
     return reference(*required, **options)
 
 

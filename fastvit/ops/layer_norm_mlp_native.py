@@ -1,6 +1,6 @@
 """layer_norm_mlp in the compiled libraries: the registered ops, their shapes, and their gradients.
 
-    fastvit::layer_norm_mlp_fwd(x, ..., keep, fold, save) -> out [B, N, D], and with ``save`` the saved
+    fastvit::layer_norm_mlp_fwd(x, ..., frozen, save) -> out [B, N, D], and with ``save`` the saved
     fastvit::layer_norm_mlp_bwd(grad, x, saved, ..., needs) -> the gradients that are needed, in order
 
 Saved are the norms' statistics, what entered the activation and, beside LayerScale, fc2's output; all else is
@@ -50,14 +50,20 @@ class Inputs(NamedTuple):
 
 
 def layer_norm_mlp(
-    *first: Tensor | None, eps: float, activation: str, norm: str, fold: bool, **rest
+    *first: Tensor | None, eps: float, activation: str, norm: str, frozen: bool, **rest
 ) -> Tensor:
     """The public op's call; under autocast products are in low precision, and the sum as x is."""
     inputs = Inputs(*first, **rest)
     dtype = compute_dtype(inputs.fc1_weight)
     if needs_gradient(*inputs):
-        return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype))
-    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, True, fold, False)[0]
+        return _recorded(inputs, eps, activation, norm, dtype, frozen)
+    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, frozen, False)[0]
+
+
+def _recorded(inputs, eps, activation, norm, dtype, frozen):
+    if frozen:
+        native.release([weight for weight in inputs if weight is not None])
+    return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype))
 
 
 class _LayerNormMlp(Function):
@@ -65,7 +71,7 @@ class _LayerNormMlp(Function):
     def forward(ctx, eps, activation, norm, *tensors):
         inputs = Inputs(*tensors)
         dtype = inputs.fc1_weight.dtype
-        out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, False, True)
+        out, saved = registration.call(_fwd, *inputs, eps, activation, norm, dtype, False, True)
         ctx.save_for_backward(*inputs._replace(fc1_bias=None, gate_bias=None, fc2_bias=None), *saved)
         ctx.options = (eps, activation, norm)
         return out
@@ -85,23 +91,23 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
 
 
 def _fwd_kernels(*arguments):
-    inputs, (eps, activation, norm, dtype, keep, fold, save) = Inputs(*arguments[:13]), arguments[13:]
-    fc1 = native.weights(inputs.x, inputs.fc1_weight, inputs.fc1_bias, None, dtype, keep, fold)
-    fc2 = native.weights(inputs.x, inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale, dtype, keep, fold)
-    ready = inputs._replace(fc1_weight=fc1[0], fc1_bias=fc1[1], fc2_weight=fc2[0], fc2_bias=fc2[1])
-    ready = ready._replace(layer_scale=fc2[2])
-    if inputs.gate_weight is not None:
-        gate = native.weights(inputs.x, inputs.gate_weight, inputs.gate_bias, None, dtype, keep, fold)
-        ready = ready._replace(gate_weight=gate[0], gate_bias=gate[1])
-    folded = []
-    if keep and fold and activation != "swiglu" and native.folds(OP, inputs.x, inputs.fc1_weight, dtype):
-        folded = native.folded(*inputs[1:5], dtype)
+    inputs, (eps, activation, norm, dtype, frozen, save) = Inputs(*arguments[:13]), arguments[13:]
+    ready, scale = inputs, {"fc2": inputs.layer_scale}
+    for layer in ("fc1", "fc2", "gate") if inputs.gate_weight is not None else ("fc1", "fc2"):
+        weight, bias = getattr(inputs, f"{layer}_weight"), getattr(inputs, f"{layer}_bias")
+        read = native.product(inputs.x, (weight,), (bias,), scale.get(layer), dtype, frozen)
+        ready = ready._replace(**{f"{layer}_weight": read.weights[0], f"{layer}_bias": read.biases[0]})
+        if layer == "fc2":
+            ready = ready._replace(layer_scale=read.layer_scale)
+    folded, fc1 = [], ((inputs.fc1_weight,), (inputs.fc1_bias,))
+    if frozen and activation != "swiglu" and native.folds(OP, inputs.x, fc1[0], dtype):
+        folded = native.folded(inputs.norm_weight, inputs.norm_bias, *fc1, dtype)
     how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
     return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, folded, save, *how)
 
 
 def _fwd_shapes(*arguments):
-    inputs, (_, _, norm, dtype, _, _, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, (_, _, norm, dtype, _, save) = Inputs(*arguments[:13]), arguments[13:]
     x, out = inputs.x, inputs.x.new_empty(inputs.x.shape)
     if not save:
         return out, []
@@ -115,10 +121,10 @@ def _fwd_shapes(*arguments):
 
 
 def _fwd_autograd(*arguments):
-    inputs, (eps, activation, norm, dtype, keep, fold, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, (eps, activation, norm, dtype, frozen, save) = Inputs(*arguments[:13]), arguments[13:]
     if needs_gradient(*inputs):
-        return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype)), []
-    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, keep, fold, save)
+        return _recorded(inputs, eps, activation, norm, dtype, frozen), []
+    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, frozen, save)
 
 
 def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
@@ -138,7 +144,7 @@ def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, 
 
 
 _fwd = registration.register(
-    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool keep, bool fold, bool save) "
+    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool frozen, bool save) "
     "-> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,

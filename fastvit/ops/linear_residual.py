@@ -17,7 +17,7 @@ def linear_residual(
     *,
     layer_scale: Tensor | None = None,
     sample_scale: Tensor | None = None,
-    fold: bool = True,
+    frozen: bool = False,
     validate: bool = True,
 ) -> Tensor:
     """residual + sample_scale * layer_scale * linear(x).
@@ -29,8 +29,8 @@ def linear_residual(
         residual: [B, N, D].
         layer_scale: [D] or None.
         sample_scale: [B] or None, one factor a sample (stochastic depth).
-        fold: where no gradient is recorded, LayerScale may be multiplied into a copy of the weight that is
-            kept until one of them changes; False leaves it a factor of its own.
+        frozen: where no gradient is recorded, a copy of the weight may be kept, packed and with LayerScale
+            multiplied in; it follows what `fastvit.accelerate` says of its mode "inference".
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
@@ -46,14 +46,14 @@ def linear_residual(
     tensors = (x, weight, bias, residual, layer_scale, sample_scale)
     scales = {"layer_scale": layer_scale, "sample_scale": sample_scale}
     if overridden(tensors):
-        return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales, fold=fold)
+        return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales, frozen=frozen)
     if validate:
         _check(*tensors)
-    backend = backends.resolve("linear_residual", *tensors[:4], **scales)
+    backend = backends.resolve("linear_residual", *tensors[:4], **scales, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .linear_residual_native import linear_residual as native
 
-        return native(*tensors[:4], **scales, fold=fold)
+        return native(*tensors[:4], **scales, frozen=frozen)
     return reference(*tensors[:4], **scales)
 
 

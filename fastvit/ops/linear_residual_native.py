@@ -17,22 +17,28 @@ def linear_residual(
     *,
     layer_scale: Tensor | None,
     sample_scale: Tensor | None,
-    fold: bool,
+    frozen: bool,
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision, the sum as the residual is."""
     dtype = compute_dtype(weight)
-    if needs_gradient(x, weight, bias, residual, layer_scale):
-        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
-    return registration.call(_fwd, *inputs, dtype, True, fold, False)[0]
+    if needs_gradient(*inputs[:5]):
+        return _recorded(*inputs, dtype, frozen)
+    return registration.call(_fwd, *inputs, dtype, frozen, False)[0]
+
+
+def _recorded(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen):
+    if frozen:
+        native.release((weight,))
+    cast = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
 
 
 class _LinearResidual(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, layer_scale, sample_scale):
         inputs = (x, weight, bias, residual, layer_scale, sample_scale)
-        out, saved = registration.call(_fwd, *inputs, weight.dtype, False, False, True)
+        out, saved = registration.call(_fwd, *inputs, weight.dtype, False, True)
         ctx.save_for_backward(x, weight, layer_scale, sample_scale, *saved)
         return out
 
@@ -48,24 +54,23 @@ class _LinearResidual(Function):
         return dx, dweight, dbias, grad if residual_needed else None, dscale, None
 
 
-def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, fold, save):
-    weight, bias, layer_scale = native.weights(x, weight, bias, layer_scale, dtype, keep, fold)
+def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
+    (weight,), (bias,), layer_scale = native.product(x, (weight,), (bias,), layer_scale, dtype, frozen)
     return native.ops.linear_residual_fwd(
         *(x, weight, bias, residual, layer_scale, sample_scale), save, native.allows_tf32(x)
     )
 
 
-def _fwd_shapes(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, fold, save):
+def _fwd_shapes(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
     out = residual.new_empty(residual.shape)
     return out, native.product_shapes(residual, layer_scale, dtype) if save else []
 
 
-def _fwd_autograd(x, weight, bias, residual, layer_scale, sample_scale, dtype, keep, fold, save):
+def _fwd_autograd(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
     if needs_gradient(*inputs):
-        cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale), []
-    return registration.below_autograd(_fwd, *inputs, dtype, keep, fold, save)
+        return _recorded(*inputs, dtype, frozen), []
+    return registration.below_autograd(_fwd, *inputs, dtype, frozen, save)
 
 
 def _bwd_kernels(grad, x, saved, weight, layer_scale, sample_scale, needs):
@@ -79,7 +84,7 @@ def _bwd_shapes(grad, x, saved, weight, layer_scale, sample_scale, needs):
 
 
 _fwd = registration.register(
-    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool keep, bool fold, bool save) -> (Tensor, Tensor[])",
+    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool frozen, bool save) -> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

@@ -9,6 +9,7 @@ is differentiable or traced: fastvit::<op>_fwd and <op>_bwd, registered beside e
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.library import Library
 
 from .. import measurements, native_backend
 from ..call_facts import tf32
-from ..derived import kept
+from ..derived import drop, kept
 
 MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
@@ -28,8 +29,8 @@ MLP_SAVED_WEIGHTS = (
     "Tensor? inner_norm_bias, Tensor? layer_scale, Tensor? sample_scale"
 )
 SCHEMAS = (
-    "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, "
-    "float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, "
+    "Tensor?[] biases, float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
@@ -54,43 +55,85 @@ FEW_ROWS = 16
 PANEL = 16  # rows of a weight
 
 
-def weights(
+class Product(NamedTuple):
+    """A product as a library reads it: weights whose outputs lie side by side, biases, and LayerScale."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    layer_scale: Tensor | None = None
+
+
+def product(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     scale: Tensor | None,
     dtype: torch.dtype,
-    keep: bool,
-    fold: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The weight, bias and LayerScale of a product as the library is to read them beside x [B, N, K].
+    frozen: bool,
+) -> Product:
+    """Weights [O, K] each, biases and LayerScale as they are to be read beside x [B, N, K], in ``dtype``.
 
-    What can be kept until a parameter changes is cast to ``dtype``, with ``fold`` has LayerScale multiplied
-    in (None is left of it) and, on a CPU, is packed: by oneDNN, or in panels. What cannot is cast alone.
+    Of frozen weights a copy is kept: one below the other, cast, LayerScale multiplied in, and on a CPU
+    packed, by oneDNN or in panels. Others are read where they lie, and cast at each call where they must be.
     """
-    packs, factor = _packing(x, weight, dtype), scale if fold else None
-    changed = factor is not None or weight.dtype != dtype
+    if frozen:
+        copy = _frozen_product(x, weights, biases, scale, dtype)
+        if copy is not None:
+            return copy
+    cast = [None if bias is None else bias.to(dtype) for bias in biases]
+    return Product([weight.to(dtype) for weight in weights], cast, scale)
+
+
+def _frozen_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Product | None:
+    packs = _packing(x, weights, dtype)
+    if packs is None and scale is None and len(weights) == 1 and weights[0].dtype == dtype:
+        return None  # it would be the weight itself
+    bias = joined_bias(weights, biases)
 
     def prepared() -> tuple[Tensor, Tensor | None]:
-        ready, ready_bias = weight, None
-        if changed:
-            ready = (weight if factor is None else weight * factor[:, None]).to(dtype, copy=True)
-        if changed and bias is not None:
-            ready_bias = (bias if factor is None else bias * factor).to(dtype, copy=True)
-        return packs(ready) if packs else ready, ready_bias
+        weight = joined(weights)
+        ready = (weight if scale is None else weight * scale[:, None]).to(dtype, copy=True)
+        scaled = None if bias is None or scale is None else (bias * scale).to(dtype)
+        return packs(ready) if packs else ready, scaled
 
-    if keep and (changed or packs):
-        value = kept(("linear", dtype, packs), (weight, bias if changed else None, factor), prepared)
-        if value is not None:
-            return value[0], value[1] if changed else bias, None if fold else scale
-    return weight.to(dtype), None if bias is None else bias.to(dtype), scale
+    # A bias may be made for this call, of others: then nothing that is kept can follow it.
+    sources = weights if scale is None else (*weights, bias, scale)
+    value = kept(("product", dtype, packs), sources, prepared)
+    if value is None:
+        return None
+    return Product([value[0]], [value[1] if scale is not None or bias is None else bias.to(dtype)])
+
+
+def release(weights: Sequence[Tensor]) -> None:
+    """Free the copies of weights with which gradients are recorded: training is to take no more memory."""
+    if not torch.compiler.is_compiling():
+        drop(weights)
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """[a + b + ..., K] from [a, K], [b, K], ..."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+def joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """One bias of all, zeros where one has none; None if none has any."""
+    if all(bias is None for bias in biases):
+        return None
+    both = zip(weights, biases, strict=True)
+    return joined([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in both])
 
 
 def folded(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """What becomes of a norm and the product after it where the product is to take rows as they are:
@@ -98,28 +141,31 @@ def folded(
         linear(norm(x)) = (x W'^T - mean(x) sums) rstd(x) + b'
         W' = weight * norm_weight,  b' = bias + weight norm_bias
 
-    Returns W' in ``dtype``, the sums of its rows and b' in float32, kept until one of the four changes; or
-    nothing where they cannot be kept.
+    Returns W' in ``dtype``, the sums of its rows and b' in float32, of copies kept until a weight or the norm
+    changes; or nothing where they cannot be kept.
     """
 
     def prepared() -> list[Tensor]:
-        wide = weight.double()
+        wide = joined(weights).double()
         ready = (wide if norm_weight is None else wide * norm_weight.double()).to(dtype, copy=True)
         # Of what the product is with: of numbers not yet rounded the sums would leave a part of the mean in.
         sums = ready.double().sum(1)
         shift = torch.zeros_like(sums) if norm_bias is None else wide @ norm_bias.double()
-        shift = shift if bias is None else shift + bias.double()
         return [ready, sums.float(), shift.float()]
 
-    return kept(("folded", dtype), (weight, bias, norm_weight, norm_bias), prepared) or []
+    if (copy := kept(("folded", dtype), (*weights, norm_weight, norm_bias), prepared)) is None:
+        return []
+    bias = joined_bias(weights, biases)
+    return copy if bias is None else [*copy[:2], copy[2] + bias]
 
 
-def _packing(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """How a CPU packs the weight: with AVX2 the library's own product is the fastest, else oneDNN's."""
+def _packing(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """How a CPU packs weights: with AVX2 the library's own product is the fastest, else oneDNN's."""
     if x.device.type != "cpu" or x.shape[0] * x.shape[1] <= FEW_ROWS:
         return None
     if dtype == torch.float32:
-        own = native_backend.vectors() == "AVX2" and weight.shape[0] % PANEL == 0 and weight.shape[1] > 0
+        rows, columns = sum(map(len, weights)), weights[0].shape[1]
+        own = native_backend.vectors() == "AVX2" and rows % PANEL == 0 and columns > 0
         return panels if own else torch.ops.mkldnn._reorder_linear_weight
     bf16 = dtype == torch.bfloat16 and native_backend.multiplies_bfloat16()
     return torch.ops.mkldnn._reorder_linear_weight if bf16 else None
@@ -141,10 +187,10 @@ def fuses(x: Tensor, fc1_weight: Tensor, dtype: torch.dtype, direction: str) -> 
     It has where that was measured right and no slower than the product and the activation after it: in tables
     of measurements this is ``layer_norm_mlp`` with the options "fused". Inside ``fusing`` that decides.
     """
-    return x.is_cuda and _is_chosen("fused", "layer_norm_mlp", x, fc1_weight, dtype, direction)
+    return x.is_cuda and _is_chosen("fused", "layer_norm_mlp", x, len(fc1_weight), dtype, direction)
 
 
-def folds(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+def folds(op: str, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether the op's norm is folded into the product after it, likewise: "folded", and ``folding``.
 
     Rows enter the product as they are, so that they must be in its dtype. Their mean is taken off sums in
@@ -153,15 +199,15 @@ def folds(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """
     if not x.is_cuda or x.dtype != dtype or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return _is_chosen("folded", op, x, weight, dtype, "fwd")
+    return _is_chosen("folded", op, x, sum(map(len, weights)), dtype, "fwd")
 
 
-def _is_chosen(form: str, op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, direction: str) -> bool:
+def _is_chosen(form: str, op: str, x: Tensor, outputs: int, dtype: torch.dtype, direction: str) -> bool:
     if _decided[form]:
         return _decided[form][-1]
     gpu, named = native_backend.machine_name("cuda"), str(dtype).removeprefix("torch.")
     inner = "hidden" if op == "layer_norm_mlp" else "out"
-    sizes = {"width": x.shape[-1], inner: weight.shape[0], "rows": x.shape[0] * x.shape[1]}
+    sizes = {"width": x.shape[-1], inner: outputs, "rows": x.shape[0] * x.shape[1]}
     return measurements.refusal(op, gpu, named, (direction,), form, sizes) is None
 
 

@@ -1,11 +1,11 @@
 """patch_embed on the Triton kernels: the registered ops, their shapes for compilers, and their gradients.
 
-    fastvit::patch_embed_fwd(images, weight, ..., keep) -> tokens [B, P + N, D]
+    fastvit::patch_embed_fwd(images, weight, ...) -> tokens [B, P + N, D]
     fastvit::patch_embed_bwd(grad_out, images, weight, ..., needs) -> the gradients that are needed, in order
 
-What the kernels read of the weight (mean and std folded in, channels last beside such images) is derived from
-it, and with ``keep`` kept until the weight changes. float32 products are in tf32 if torch's convolution would
-use it, which is looked up at each call.
+What the kernels read of the weight (mean and std folded in, channels last beside such images) is made of it
+at each call: it is small, and a copy would have to follow the weight. float32 products are in tf32 if torch's
+convolution would use it, which is looked up at each call.
 """
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..call_facts import compute_dtype, needs_gradient, tf32
-from ..derived import derived
 from . import registration
 
 INPUTS = ("images", "weight", "bias", "pos_embed", "prefix")
@@ -34,7 +33,7 @@ def patch_embed(
     inputs = (images, weight.to(dtype), None if bias is None else bias.to(dtype), pos_embed, prefix)
     if needs_gradient(*inputs):
         return _PatchEmbed.apply(*inputs, mean, std)
-    return registration.call(_fwd, *inputs, mean, std, True)
+    return registration.call(_fwd, *inputs, mean, std)
 
 
 class _PatchEmbed(Function):
@@ -43,7 +42,7 @@ class _PatchEmbed(Function):
         ctx.save_for_backward(images, weight, mean, std)
         ctx.num_prefix = 0 if prefix is None else prefix.shape[1]
         ctx.pos_embed_rows = 0 if pos_embed is None else pos_embed.shape[1]
-        return registration.call(_fwd, images, weight, bias, pos_embed, prefix, mean, std, False)
+        return registration.call(_fwd, images, weight, bias, pos_embed, prefix, mean, std)
 
     @staticmethod
     @registration.once_differentiable
@@ -57,12 +56,6 @@ class _PatchEmbed(Function):
         return *[next(given) if needed else None for needed in needs], None, None
 
 
-def _packs(images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None) -> bool:
-    """Whether the kernels read anything but the weight as it is."""
-    raw = images.dtype != torch.uint8 and mean is None and std is None
-    return not raw or weight[0].numel() % 8 != 0 or images.stride(3) != 1
-
-
 def _precision(weight: Tensor) -> str:
     return "tf32" if weight.dtype == torch.float32 and tf32("patch_embed") else "ieee"
 
@@ -73,35 +66,28 @@ def _exact(images: Tensor, weight: Tensor) -> Tensor:
     return images.float() / 255 if exact and images.dtype == torch.uint8 else images
 
 
-def _fwd_kernels(images, weight, bias, pos_embed, prefix, mean, std, keep):
+def _fwd_kernels(images, weight, bias, pos_embed, prefix, mean, std):
     from fastvit_kernels import patch_embed as kernels
 
-    images = _exact(images, weight)
-    projection = None
-    if keep and _packs(images, weight, mean, std):
-        name = ("patch_embed", images.dtype, kernels.image_layout(images))
-        sources = (weight, bias, mean, std)
-        projection = derived(name, sources, lambda: kernels.project(images, *sources))
     return kernels.patch_embed_fwd(
-        *(images, weight, bias, pos_embed, prefix),
+        *(_exact(images, weight), weight, bias, pos_embed, prefix),
         mean=mean,
         std=std,
         precision=_precision(weight),
-        projection=projection,
     )
 
 
-def _fwd_shapes(images, weight, bias, pos_embed, prefix, mean, std, keep):
+def _fwd_shapes(images, weight, bias, pos_embed, prefix, mean, std):
     (batch, _, height, width), (dim, _, ph, pw) = images.shape, weight.shape
     num_prefix = 0 if prefix is None else prefix.shape[1]
     return weight.new_empty(batch, num_prefix + (height // ph) * (width // pw), dim)
 
 
-def _fwd_autograd(images, weight, bias, pos_embed, prefix, mean, std, keep):
+def _fwd_autograd(images, weight, bias, pos_embed, prefix, mean, std):
     inputs = (images, weight, bias, pos_embed, prefix, mean, std)
     if needs_gradient(*inputs):
         return _PatchEmbed.apply(*inputs)
-    return registration.below_autograd(_fwd, *inputs, keep)
+    return registration.below_autograd(_fwd, *inputs)
 
 
 def _bwd_kernels(grad_out, images, weight, num_prefix, pos_embed_rows, mean, std, needs):
@@ -145,7 +131,7 @@ def _weight_shape(images: Tensor, weight: Tensor) -> Tensor:
 
 _fwd = registration.register(
     "patch_embed_fwd(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
-    "Tensor? mean, Tensor? std, bool keep) -> Tensor",
+    "Tensor? mean, Tensor? std) -> Tensor",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

@@ -131,9 +131,9 @@ def test_other_widths_are_served_as_before():
 def folds(call, op=OP, served=True, **how):
     """The op with its norm folded is within the contract, and runs one product and the norm's statistics."""
     with native.folding(True):
-        within_contract(op, call, partial(getattr(ops, op), fold=True), **how)
+        within_contract(op, call, partial(getattr(ops, op), frozen=True), **how)
         with torch.no_grad():
-            names = kernels_of(lambda: getattr(ops, op)(**call, fold=True))
+            names = kernels_of(lambda: getattr(ops, op)(**call, frozen=True))
     assert served == any("Finish" in name for name in names), names
     assert not served or not any("activate_" in name for name in names)
 
