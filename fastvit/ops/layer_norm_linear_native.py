@@ -55,7 +55,7 @@ def _fwd_kernels(x, norm_weight, norm_bias, weight, bias, eps, norm, dtype, keep
         folded = native.folded(norm_weight, norm_bias, weight, bias, dtype)
     weight, bias, _ = native.weights(x, weight, bias, None, dtype, keep)
     return native.ops.layer_norm_linear_fwd(
-        x, norm_weight, norm_bias, weight, bias, eps, norm, folded, save, native.allows_tf32(x)
+        x, norm_weight, norm_bias, [weight], [bias], eps, norm, folded, save, native.allows_tf32(x)
     )
 
 

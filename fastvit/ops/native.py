@@ -28,8 +28,8 @@ MLP_SAVED_WEIGHTS = (
     "Tensor? inner_norm_bias, Tensor? layer_scale, Tensor? sample_scale"
 )
 SCHEMAS = (
-    "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, "
-    "float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, "
+    "Tensor?[] biases, float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
