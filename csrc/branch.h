@@ -8,16 +8,16 @@ namespace fastvit {
 
 struct BranchEnd {
   Tensor out;
-  OptionalTensor product;  // x weight^T + bias, which LayerScale's gradient needs
+  OptionalTensor product;  // x weight^T + bias, which LayerScale's gradient needs; absent without `save`
 };
 
 inline BranchEnd branch_end(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const Tensor& residual, const OptionalTensor& layer_scale,
-                            const OptionalTensor& sample_scale, bool tf32) {
-  if (!layer_scale && !sample_scale) return {linear_add(x, weight, bias, residual, tf32), {}};
+                            const OptionalTensor& sample_scale, bool save, bool tf32) {
+  if (!sample_scale && !(layer_scale && save)) return {linear_add(x, weight, bias, layer_scale, residual, tf32), {}};
   const Tensor product = linear(x, weight, bias, tf32);
   const Tensor out = add_scaled(residual, product, layer_scale, sample_scale);
-  return {out, layer_scale ? OptionalTensor(product) : std::nullopt};
+  return {out, layer_scale && save ? OptionalTensor(product) : std::nullopt};
 }
 
 // What of the branch's gradient is known before that of its product's operands.

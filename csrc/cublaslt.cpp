@@ -16,7 +16,7 @@ void check(cublasStatus_t status, const char* what) {
 }
 
 // All that an algorithm is chosen by.
-using Key = std::array<std::int64_t, 16>;
+using Key = std::array<std::int64_t, 17>;
 
 struct KeyHash {
   std::size_t operator()(const Key& key) const {
@@ -79,9 +79,10 @@ struct Description {
     set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
     if (p.epilogue != CUBLASLT_EPILOGUE_DEFAULT) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, o.vector);
-    describe(a, in, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
-    describe(b, in, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
-    describe(d, out, p.m, p.n);
+    const std::int64_t a_rows = p.transpose_a ? p.k : p.m, b_rows = p.transpose_b ? p.n : p.k;
+    describe(a, in, a_rows, p.transpose_a ? p.m : p.k, a_rows);
+    describe(b, in, b_rows, p.transpose_b ? p.k : p.n, b_rows);
+    describe(d, out, p.m, p.n, p.d_stride ? p.d_stride : p.m);
   }
 
   template <typename T>
@@ -91,8 +92,8 @@ struct Description {
   }
 
   static void describe(cublasLtMatrixLayoutOpaque_t& layout, cudaDataType type, std::int64_t rows,
-                       std::int64_t columns) {
-    check(cublasLtMatrixLayoutInit(&layout, type, rows, columns, rows), "cublasLtMatrixLayoutInit");
+                       std::int64_t columns, std::int64_t stride) {
+    check(cublasLtMatrixLayoutInit(&layout, type, rows, columns, stride), "cublasLtMatrixLayoutInit");
   }
 
   cublasLtMatmulDescOpaque_t operation;
@@ -144,6 +145,7 @@ cublasStatus_t matmul(const Product& p, const Operands& operands, const Tensor& 
                 static_cast<std::int64_t>(p.out),
                 p.tf32,
                 p.adds_c,
+                p.d_stride,
                 p.epilogue,
                 alignment(o.a),
                 alignment(o.b),

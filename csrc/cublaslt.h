@@ -7,13 +7,14 @@
 
 namespace fastvit {
 
-// d [m, n] = op(a) op(b), op(a) being [m, k] and op(b) [k, n], each without gaps between its columns.
+// d [m, n] = op(a) op(b), op(a) being [m, k] and op(b) [k, n], each without gaps between its columns, but for d's.
 struct Product {
   std::int64_t m, n, k;
   bool transpose_a, transpose_b;
   ScalarType in, out;  // of a and b; of c, d and the epilogue's vector
   bool tf32;
   bool adds_c = false;  // d = op(a) op(b) + c, where c may be d
+  std::int64_t d_stride = 0;  // from one column of c and d to the next, if not m
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
 };
 

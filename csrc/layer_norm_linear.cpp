@@ -1,13 +1,32 @@
-// norm1 and the QKV projection: linear(norm(x)).
+// norm1 and the QKV projection: linear(norm(x)), of one weight or of several side by side.
 #include "needs.h"
 #include "products.h"
 #include "scope.h"
 
 namespace fastvit {
+namespace {
+
+// The products with all weights, side by side.
+Tensor linear_of_all(const Tensor& x, const Tensors& weights, const OptionalTensors& biases, bool tf32) {
+  if (weights.size() == 1) return linear(x, weights[0], biases[0], tf32);
+  std::int64_t width = 0, at = 0;
+  for (const Tensor& weight : weights) width += outputs_of(weight);
+  Tensor out = empty_beside(x, {x.size(0), width}, x.scalar_type());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const std::int64_t own = outputs_of(weights[i]);
+    linear_into(torch::stable::narrow(out, 1, at, own), x, weights[i], biases[i], tf32);
+    at += own;
+  }
+  return out;
+}
+
+}  // namespace
 
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
-                                std::vector<OptionalTensor> biases, double eps, std::string norm, Tensors folded,
-                                bool save, bool tf32) {
+                                OptionalTensors biases, double eps, std::string norm, Tensors folded, bool save,
+                                bool tf32) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
+                  "layer_norm_linear: as many biases as weights are wanted, of each one at least");
   const Scope scope("layer_norm_linear", x, weights[0]);
   const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
   const Tensor rows = as_rows(x);
@@ -15,21 +34,7 @@ WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTe
     if (auto out = folded_linear(rows, how, folded, std::nullopt)) return {shaped_like(x, *out), {}};
   }
   const Normalized h = norm_rows(rows, how, weights[0].scalar_type());
-  Tensor first = linear(h.rows, weights[0], biases[0], tf32);
-  if (weights.size() > 1) {
-    std::int64_t width = 0;
-    for (const Tensor& w : weights) width += w.size(0);
-    Tensor all = empty_beside(first, {first.size(0), width}, first.scalar_type());
-    std::int64_t at = 0;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      const Tensor one = i ? linear(h.rows, weights[i], biases[i], tf32) : first;
-      Tensor place = torch::stable::narrow(all, 1, at, one.size(1));
-      torch::stable::copy_(place, one);
-      at += one.size(1);
-    }
-    first = all;
-  }
-  const Tensor out = shaped_like(x, first);
+  const Tensor out = shaped_like(x, linear_of_all(h.rows, weights, biases, tf32));
   return {out, save ? Tensors{h.mean, h.rstd} : Tensors{}};
 }
 

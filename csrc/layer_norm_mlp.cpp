@@ -69,8 +69,8 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
     a = inner.rows;
     if (save) saved.insert(saved.end(), {inner.mean, inner.rstd});
   }
-  const BranchEnd end = branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, tf32);
-  if (save && end.product) saved.push_back(*end.product);
+  const BranchEnd end = branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, save, tf32);
+  if (end.product) saved.push_back(*end.product);
   return {shaped_like(x, end.out), saved};
 }
 

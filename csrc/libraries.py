@@ -18,8 +18,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 SHARED = ("layer_norm_linear.cpp", "linear_residual.cpp", "layer_norm_mlp.cpp", "registration.cpp")
 CPU = ("rows_cpu.cpp", "products_cpu.cpp", "attention_cpu.cpp", "weight_samples_cpu.cpp")
-# What has six rows by sixteen columns in the registers of AVX2; with AVX-512 oneDNN's products are faster.
-STRIPS = ("panels", "attention_heads")
+LOOPS = ("row_loops", "panels", "attention_heads")
 # Vector instructions that its loops are compiled for; the library takes the best at run time.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -132,8 +131,7 @@ def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
         build.compile(name, flags=multiple)
     for level, flags in levels.items():
         loops = (*LOOP_FLAGS, *flags, f"-DFASTVIT_LEVEL={level}")
-        build.compile("row_loops.cpp", output=f"row_loops_{level}.o", flags=loops)
-        for name in STRIPS if level != "v4" else ():
+        for name in LOOPS if level != "v4" else LOOPS[:2]:
             build.compile(f"{name}.cpp", output=f"{name}_{level}.o", flags=loops)
     return build.link("_fastvit_cpu.so", (*extra, "-ltorch_cpu", "-lc10"))
 

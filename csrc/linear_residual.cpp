@@ -9,8 +9,8 @@ WithSaved linear_residual_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tens
                               OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool tf32) {
   const Scope scope("linear_residual", x, weight);
   const Tensor rows = as_dtype(as_rows(x), weight.scalar_type());
-  const BranchEnd end = branch_end(rows, weight, bias, as_rows(residual), layer_scale, sample_scale, tf32);
-  return {shaped_like(residual, end.out), save ? present({end.product}) : Tensors{}};
+  const BranchEnd end = branch_end(rows, weight, bias, as_rows(residual), layer_scale, sample_scale, save, tf32);
+  return {shaped_like(residual, end.out), present({end.product})};
 }
 
 Tensors linear_residual_bwd(Tensor grad, Tensor x, Tensors saved, Tensor weight, OptionalTensor layer_scale,

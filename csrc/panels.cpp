@@ -2,6 +2,7 @@
 #include "panels.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "activations.h"
 #include "strip.h"
@@ -9,72 +10,79 @@
 namespace fastvit::FASTVIT_LEVEL {
 namespace {
 
-constexpr Size kLine = 64;  // bytes
-
 struct Identity {
   static float value(float x) { return x; }
 };
 
-// Where a strip's sums with a panel go. Before the last part of the depth `out` holds sums.
-struct Target {
-  float* out;
-  const float *bias, *residual;
-  Size stride;
-  bool first, last;
+// A panel's columns of the output: `width` of them, from `column`.
+struct Columns {
+  Columns(const PanelProduct& product, Size column) : p(product), first(column), width(std::min(kWide, p.width - column)) {
+    for (Size i = 0; i < kWide; ++i) {
+      bias[i] = p.bias && i < width ? p.bias[first + i] : 0.0f;
+      scale[i] = p.scale && i < width ? p.scale[first + i] : 1.0f;
+    }
+  }
+
+  // Sums of a row with the panel's part [begin, begin + depth). Before the last part `out` holds sums.
+  template <typename Function, typename Count>
+  void take(float* sums, Size row, Size begin, Size depth, Count count) const {
+    float* out = p.out + row * p.out_stride + first;
+    const float* residual = p.residual ? p.residual + row * p.width + first : nullptr;
+    if (begin != 0) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < count; ++i) sums[i] += out[i];
+    }
+    if (begin + depth != p.depth) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < count; ++i) out[i] = sums[i];
+    } else if (residual) {
+      FASTVIT_SIMD
+      for (Size i = 0; i < count; ++i) out[i] = residual[i] + scale[i] * Function::value(sums[i] + bias[i]);
+    } else {
+      FASTVIT_SIMD
+      for (Size i = 0; i < count; ++i) out[i] = scale[i] * Function::value(sums[i] + bias[i]);
+    }
+  }
+
+  const PanelProduct& p;
+  const Size first, width;
+  float bias[kWide], scale[kWide];
 };
 
 template <typename Function>
-void finish(const float (&sums)[kPanel], const Target& to, Size row) {
-  float* out = to.out + row * to.stride;
-  const float* residual = to.residual ? to.residual + row * to.stride : nullptr;
-  if (to.bias && residual) {
-    FASTVIT_SIMD
-    for (Size i = 0; i < kPanel; ++i) out[i] = residual[i] + Function::value(sums[i] + to.bias[i]);
-  } else if (to.bias) {
-    FASTVIT_SIMD
-    for (Size i = 0; i < kPanel; ++i) out[i] = Function::value(sums[i] + to.bias[i]);
-  } else if (residual) {
-    FASTVIT_SIMD
-    for (Size i = 0; i < kPanel; ++i) out[i] = residual[i] + Function::value(sums[i]);
-  } else {
-    FASTVIT_SIMD
-    for (Size i = 0; i < kPanel; ++i) out[i] = Function::value(sums[i]);
-  }
-}
-
-template <typename Function>
 void run_with(const PanelProduct& p, const PanelShare& share) {
+  alignas(64) float laid[kPanelDepth * kWide];
+  const Size strips = (share.rows + kStrip - 1) / kStrip;
   for (Size begin = 0; begin < p.depth; begin += kPanelDepth) {
     const Size depth = std::min(kPanelDepth, p.depth - begin);
-    for (Size n = share.first; n < share.last; ++n) {
-      const float* panel = p.panels + (n * p.depth + begin) * kPanel;
-      const Size column = n * kPanel;
+    // A panel's part is kWide rows of the weight, `stride` apart; one that was laid out is contiguous.
+    const Size stride = p.in_panels ? depth : p.weight_stride;
+    const auto part = [&](Size column) {
+      return p.weight + (p.in_panels ? column * p.depth + begin * kWide : column * stride + begin);
+    };
+    for (Size column = share.first; column < share.last; column += kWide) {
+      const Columns columns(p, column);
+      const float* panel = part(column);
+      if (!p.in_panels) {
+        interleave(panel, stride, columns.width, depth, laid);
+        panel = laid;
+      }
       // The next panel's part is fetched meanwhile, a strip's share at a time: it comes from memory.
-      const char* next = reinterpret_cast<const char*>(panel + (n + 1 < share.last ? p.depth * kPanel : 0));
-      const Size lines = depth * kPanel * Size(sizeof(float)) / kLine, strips = (share.rows + kStrip - 1) / kStrip;
-      Size line = 0;
+      const Size rest = share.last - column - kWide, rows_ahead = std::clamp<Size>(rest, 0, kWide);
+      const float* ahead = part(column + (rest > 0 ? kWide : 0));
+      Size fetched = 0;
       for (Size i = 0; i < share.rows; i += kStrip) {
-        for (const Size end = (i / kStrip + 1) * lines / strips; line < end; ++line) {
-          __builtin_prefetch(next + line * kLine, 0, 2);
+        for (const Size end = (i / kStrip + 1) * rows_ahead / strips; fetched < end; ++fetched) {
+          for (Size step = 0; step < depth; step += 16) __builtin_prefetch(ahead + fetched * stride + step, 0, 2);
         }
-        const Size row = share.row + i, at = row * p.width + column;
-        const Target to{p.out + at, p.bias ? p.bias + column : nullptr, p.residual ? p.residual + at : nullptr,
-                        p.width, begin == 0, begin + depth == p.depth};
-        const auto store = [&](Size j, const Vector& left, const Vector& right) {
-          float sums[kPanel];
-          store_row(sums, left, right);
-          float* out = to.out + j * to.stride;
-          if (!to.first) {
-            FASTVIT_SIMD
-            for (Size lane = 0; lane < kPanel; ++lane) sums[lane] += out[lane];
-          }
-          if (to.last) {
-            finish<Function>(sums, to, j);
-          } else {
-            std::copy(sums, sums + kPanel, out);
-          }
+        const Size row = share.row + i, height = std::min(kStrip, share.rows - i);
+        float sums[kStrip][kWide];
+        const auto store = [&](Size j, const Vector& left, const Vector& right) { store_row(sums[j], left, right); };
+        multiply_strip(height, p.x + row * p.depth + begin, p.depth, panel, depth, store);
+        const auto take = [&](auto count) {
+          for (Size j = 0; j < height; ++j) columns.take<Function>(sums[j], row + j, begin, depth, count);
         };
-        multiply_strip(std::min(kStrip, share.rows - i), p.x + row * p.depth + begin, p.depth, panel, depth, store);
+        columns.width == kWide ? take(std::integral_constant<Size, kWide>()) : take(columns.width);
       }
     }
   }

@@ -1,8 +1,8 @@
-// The matrix products. products_cpu.cpp (oneDNN and ATen) and products_cublaslt.cpp hold one each, but folded_linear's
+// The matrix products. products_cpu.cpp (panels.h, oneDNN and ATen) and products_cublaslt.cpp hold one each, but folded_linear's
 // for a GPU is in fused_products.cpp.
 //
 // x is [T, K] and weight [D, K], Linear's layout, in one dtype; bias is [D] or absent. On a CPU a weight may be
-// one that oneDNN packed.
+// one that oneDNN packed, or in panels.
 #pragma once
 
 #include "rows.h"
@@ -10,12 +10,21 @@
 
 namespace fastvit {
 
+// D of a weight, which in panels is [D / 16, K, 16].
+inline std::int64_t outputs_of(const Tensor& weight) {
+  return weight.dim() == 3 ? weight.size(0) * weight.size(2) : weight.size(0);
+}
+
 // x weight^T + bias.
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tf32);
 
-// residual + x weight^T + bias, in the residual's dtype: that of x, or float32 beside half precision.
-Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                  bool tf32);
+// The same into out [T, D], whose rows may be apart: some columns of a wider output.
+void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tf32);
+
+// residual + layer_scale * (x weight^T + bias), in the residual's dtype: that of x, or float32 beside half precision.
+// layer_scale is [D] or absent.
+Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
+                  const Tensor& residual, bool tf32);
 
 struct Activated {
   Tensor rows;

@@ -1,10 +1,12 @@
-// products.h on a CPU: oneDNN through torch, in float32 and bfloat16; ATen in float64, which oneDNN has not, and
-// for a few rows, where MKL's products are more exact.
+// products.h on a CPU. In float32 panels.h's product or, with AVX-512, oneDNN's through torch; oneDNN in bfloat16; ATen
+// in float64, which neither has, and for a few rows, where MKL's products are more exact.
 //
 // torch itself calls MKL for float32. oneDNN is faster there, takes transposed operands as they are, packed
-// weights, and an activation or a residual in its epilogue.
+// weights, and an activation or a residual in its epilogue; of such, LayerScale, and a slice of an output to write
+// to, it has nothing, and panels.h has all.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 
 #include "panels.h"
 #include "products.h"
@@ -23,10 +25,23 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, N> ar
   return torch::stable::detail::to<Tensor>(arguments[0]);
 }
 
+// What torch's own kernels go by, which a user may set lower than what the CPU has.
+bool has_wide_vectors() {
+#if defined(FASTVIT_LEVELS)
+  static const bool has = [] {
+    const char* told = std::getenv("ATEN_CPU_CAPABILITY");
+    return __builtin_cpu_supports("x86-64-v4") && (told == nullptr || std::string(told) == "avx512");
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 void multiply_panels(const PanelProduct& product, const PanelShare& share) {
 #if defined(FASTVIT_LEVELS)
-  static const auto best = __builtin_cpu_supports("x86-64-v3") ? v3::multiply_panels : base::multiply_panels;
-  best(product, share);
+  static const auto narrow = __builtin_cpu_supports("x86-64-v3") ? v3::multiply_panels : base::multiply_panels;
+  has_wide_vectors() && !product.in_panels ? v4::multiply_panels(product, share) : narrow(product, share);
 #else
   base::multiply_panels(product, share);
 #endif
@@ -34,17 +49,17 @@ void multiply_panels(const PanelProduct& product, const PanelShare& share) {
 
 // Blocks of whole strips, as even as they can be, by a few panels at a time.
 void multiply_panels(const PanelProduct& product) {
-  constexpr std::int64_t most = 12;  // panels by which what is read of x pays, sums of a share still in a near cache
+  constexpr std::int64_t most = 6;  // times kShareColumns, by which what is read of x pays, sums still in a near cache
   const auto divide = [](std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; };
-  const std::int64_t panels = product.width / kPanel, threads = torch::stable::get_num_threads();
+  const std::int64_t columns = divide(product.width, kShareColumns), threads = torch::stable::get_num_threads();
   const std::int64_t blocks = divide(product.rows, kPanelRows);
-  const std::int64_t rows = divide(divide(product.rows, kStrip), blocks) * kStrip;
-  const std::int64_t together = std::clamp<std::int64_t>(panels * blocks / (threads * kSharesAThread), 1, most);
-  const std::int64_t parts = divide(panels, together);
+  const std::int64_t rows = divide(divide(product.rows, kShareRows), blocks) * kShareRows;
+  const std::int64_t together = std::clamp<std::int64_t>(columns * blocks / (threads * kSharesAThread), 1, most);
+  const std::int64_t parts = divide(columns, together);
   share_out(blocks * parts, [&](std::int64_t share, std::int64_t) {
     const std::int64_t row = share / parts * rows, part = share % parts;
-    multiply_panels(product, {row, std::min(rows, product.rows - row), part * panels / parts,
-                              (part + 1) * panels / parts});
+    multiply_panels(product, {row, std::min(rows, product.rows - row), part * columns / parts * kShareColumns,
+                              std::min((part + 1) * columns / parts * kShareColumns, product.width)});
   });
 }
 
@@ -90,25 +105,47 @@ bool is_onednn(const Tensor& x) {
 
 bool has_panels(const Tensor& weight) { return weight.dim() == 3; }
 
-// activation(x weight^T + bias) + residual, of a weight in panels.
-Tensor by_panels(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                 std::optional<Activation> activation) {
-  const Tensor rows = packed(x), panels = packed(weight);
-  const OptionalTensor vector = dense(bias), beside = dense(residual);
-  Tensor out = empty_beside(x, {x.size(0), weight.size(0) * kPanel}, ScalarType::Float);
+// Whether the product of panels.h takes the weight: in panels, or as it is.
+bool is_own(const Tensor& x, const Tensor& weight) {
+  if (has_panels(weight)) return true;
+  if (x.scalar_type() != ScalarType::Float || weight.layout() != torch::headeronly::Layout::Strided) return false;
+  return x.size(0) > kFewRows && x.size(1) != 0 && weight.stride(1) == 1;
+}
+
+// And whether it is the fastest: with AVX-512 oneDNN's is as fast.
+bool is_best(const Tensor& x, const Tensor& weight) {
+  return is_own(x, weight) && (has_panels(weight) || !has_wide_vectors());
+}
+
+// What panels.h does beside the product, each of it or none.
+struct Beside {
+  OptionalTensor bias, scale, residual;
+  std::optional<Activation> activation;
+};
+
+void multiply_into(Tensor out, const Tensor& x, const Tensor& weight, const Beside& beside) {
+  if (out.numel() == 0) return;
+  const bool in_panels = has_panels(weight);
+  const auto ready = [](const OptionalTensor& t) { return t ? OptionalTensor(packed(as_dtype(*t, ScalarType::Float))) : t; };
+  const Tensor rows = packed(x), matrix = in_panels ? packed(weight) : weight;
+  const OptionalTensor bias = ready(beside.bias), scale = ready(beside.scale), residual = ready(beside.residual);
   const auto floats = [](const OptionalTensor& t) {
     return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
   };
-  const PanelProduct product{floats(rows),        floats(panels), floats(vector), floats(beside),
-                             static_cast<float*>(out.mutable_data_ptr()), out.size(0), x.size(1), out.size(1),
-                             activation};
-  if (out.numel() != 0) multiply_panels(product);
+  multiply_panels({floats(rows), floats(matrix), floats(bias), floats(scale), floats(residual),
+                   static_cast<float*>(out.mutable_data_ptr()), out.size(0), x.size(1), out.size(1),
+                   in_panels ? 0 : matrix.stride(0), out.stride(0), in_panels, beside.activation});
+}
+
+Tensor multiply(const Tensor& x, const Tensor& weight, const Beside& beside) {
+  Tensor out = empty_beside(x, {x.size(0), outputs_of(weight)}, ScalarType::Float);
+  multiply_into(out, x, weight, beside);
   return out;
 }
 
 // x weight^T + bias, whatever the dtype and the strides.
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  if (has_panels(weight)) return by_panels(x, weight, bias, {}, {});
+  if (is_best(x, weight)) return multiply(x, weight, {bias, {}, {}, {}});
   if (is_onednn(x)) return onednn(x, weight, bias);
   return call("aten::linear", "", std::array{from(x), from(weight), from(bias)});
 }
@@ -146,25 +183,29 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return product(x, weight, bias);
 }
 
-Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                  bool) {
-  if (has_panels(weight) && residual.scalar_type() == ScalarType::Float) {
-    return by_panels(x, weight, bias, residual, {});
+void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool) {
+  if (is_own(x, weight)) return multiply_into(out, x, weight, {bias, {}, {}, {}});
+  torch::stable::copy_(out, product(x, weight, bias));
+}
+
+Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
+                  const Tensor& residual, bool) {
+  const bool wide = residual.scalar_type() != x.scalar_type();
+  if (!wide && (layer_scale ? is_own(x, weight) : is_best(x, weight))) {
+    return multiply(x, weight, {bias, layer_scale, residual, {}});
   }
-  if (has_panels(weight) || !is_onednn(x) || residual.scalar_type() != x.scalar_type()) {
-    return add_scaled(residual, product(x, weight, bias), {}, {});
-  }
+  if (wide || layer_scale || !is_onednn(x)) return add_scaled(residual, product(x, weight, bias), layer_scale, {});
   return call("mkldnn::_linear_pointwise", "binary",
               std::array{from(x), from(residual), from(dense(weight)), from(dense(bias)), from(std::string("add"))});
 }
 
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            Activation activation, bool keep_before, bool, bool) {
-  if (has_panels(weight) && !keep_before) return {by_panels(x, weight, bias, {}, activation), {}};
   const std::optional<Post> post = post_for(activation);
-  if (post && !keep_before && is_onednn(x) && !has_panels(weight)) {
-    return {onednn(x, weight, bias, post->name, post->form), {}};
+  if (!keep_before && (post ? is_best(x, weight) : is_own(x, weight))) {
+    return {multiply(x, weight, {bias, {}, {}, activation}), {}};
   }
+  if (post && !keep_before && is_onednn(x)) return {onednn(x, weight, bias, post->name, post->form), {}};
   const Tensor before = product(x, weight, bias);
   return {activate(before, {}, activation), keep_before ? OptionalTensor(before) : std::nullopt};
 }

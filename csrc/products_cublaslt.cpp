@@ -23,16 +23,25 @@ Product forward_product(const Tensor& x, const Tensor& weight, ScalarType out, b
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tf32) {
   Tensor out = empty_beside(x, {x.size(0), weight.size(0)}, x.scalar_type());
-  if (out.numel() == 0) return out;
+  linear_into(out, x, weight, bias, tf32);
+  return out;
+}
+
+void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tf32) {
+  if (out.numel() == 0) return;
   const Tensor rows = packed(x), matrix = packed(weight);
-  if (rows.size(1) == 0) return bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
+  if (rows.size(1) == 0) {
+    bias ? torch::stable::copy_(out, *bias) : torch::stable::zero_(out);
+    return;
+  }
   Product product = forward_product(rows, matrix, x.scalar_type(), tf32);
+  product.d_stride = out.stride(0);
   Operands operands{matrix.data_ptr(), rows.data_ptr(), out.data_ptr()};
   if (bias) {
     const Tensor vector = packed(as_dtype(*bias, x.scalar_type()));
     product.epilogue = CUBLASLT_EPILOGUE_BIAS;
     operands.vector = vector.data_ptr();
-    if (try_product(product, operands, x)) return out;
+    if (try_product(product, operands, x)) return;
     // Without that epilogue the product is added to rows of the bias.
     torch::stable::copy_(out, vector);
     product.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
@@ -40,14 +49,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     operands.c = operands.d;
   }
   run_product(product, operands, x);
-  return out;
 }
 
-Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                  bool tf32) {
+Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
+                  const Tensor& residual, bool tf32) {
   const ScalarType dtype = residual.scalar_type();
   const Tensor rows = packed(x), matrix = packed(weight), around = packed(residual);
-  if (around.numel() > 0 && rows.size(1) > 0) {
+  if (!layer_scale && around.numel() > 0 && rows.size(1) > 0) {
     const Tensor out = empty_like_as(around, dtype);
     OptionalTensor vector;
     Product product = forward_product(rows, matrix, dtype, tf32);
@@ -60,7 +68,7 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
     }
     if (try_product(product, operands, x)) return out;
   }
-  return add_scaled(around, linear(rows, matrix, bias, tf32), std::nullopt, std::nullopt);
+  return add_scaled(around, linear(rows, matrix, bias, tf32), layer_scale, std::nullopt);
 }
 
 // The portable form is the product, then the activation in a pass of its own.
