@@ -54,6 +54,19 @@ class Copy:
                 if isinstance(place, Tensor):
                     place.copy_(new)
 
+    def has_bits_of(self, other: "Copy") -> bool:
+        """Whether both values are the same, bit for bit."""
+        return all(
+            map(torch.equal, map(_bits, tree_leaves(self.value)), map(_bits, tree_leaves(other.value)))
+        )
+
+
+def _bits(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        return torch.empty(0)
+    dense = tensor.to_dense() if tensor.is_mkldnn else tensor
+    return dense.contiguous().reshape(-1).view(torch.uint8)
+
 
 # id of the first source's storage -> a weak reference to it that drops this entry, and {name: copy}
 _kept: dict[int, tuple[weakref.ref, dict[Hashable, Copy]]] = {}
@@ -118,8 +131,7 @@ def everything() -> list[Copy]:
 
 def copies_of(model: nn.Module) -> dict[tuple, Copy]:
     """Those of the model's weights, by what they are."""
-    storages = _storages(tensor for tensor in (*model.parameters(), *model.buffers()))
-    found = {}
+    storages, found = _storages((*model.parameters(), *model.buffers())), {}
     for key, (_, copies) in list(_kept.items()):
         found |= {(key, name): copy for name, copy in list(copies.items()) if copy.storages & storages}
     return found

@@ -38,8 +38,8 @@ class graphed:
     with gradients, in training, with hooks, while traced; and, with a warning, where the model has to know
     numbers that it computes, or on a CPU draws some or computes outside of torch.
 
-    Weights edited in place are followed, and what was derived from them is derived anew (after an edit
-    through ``.data``, once fastvit.refresh is called). Where parameters, buffers or modules are replaced
+    Weights edited in place are followed, whoever writes them, and copies of frozen ones as ``accelerate``
+    says of its mode "inference". Where parameters, buffers or modules are replaced
     or moved, graphs are captured again; until then the runner holds the memory of the old ones. Nothing else
     is seen: after a change of an attribute or a config, or in a runner inside the model, call ``reset``.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import derived, ops, reference
 from .accelerate import restore
 from .accelerate.candidates import blocks_of
 from .accelerate.example import Inputs
@@ -89,7 +89,8 @@ def verify(
 
     Returns:
         Rows "embed", one a block by its name, "output" ("output.logits" and so on where the model returns
-        several) and "top-1", and with ``backward`` a row a parameter.
+        several) and "top-1", with ``backward`` a row a parameter, and where the model keeps copies of its
+        weights (``accelerate(mode="inference")``) "copies": whether all their bits are the weights' now.
 
     Raises:
         TypeError: if x is not floating.
@@ -117,7 +118,25 @@ def verify(
         if name in own and own[name].ndim == 2:
             logits = [b[name] for b in baselines]
             report.rows.append(judge_top1("top-1", own[name], truth[name], logits))
+    report.rows += _judge_copies(model, x)
     return report
+
+
+def _judge_copies(model: nn.Module, x: Inputs) -> list[Check]:
+    """A row for the copies of weights that the model computes with, if any: each beside one made anew."""
+    kept = derived.copies_of(model)
+    if not kept:
+        return []
+    derived.refresh(model)
+    trace(model, x, [], backward=False)
+    anew = derived.copies_of(model)
+    again = [key for key in kept if key in anew]
+    stale = sum(not kept[key].has_bits_of(anew[key]) for key in again)
+    reason = (
+        f"{stale} of {len(again)} were of weights before an edit that torch records nowhere, and are anew now"
+    )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [Check("copies", dtype, "bits", ok=not stale, reason=reason if stale else "")]
 
 
 def _check(model: nn.Module, x: Inputs, backward: bool) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerated import images, pair
+from native_calls import needs_library
 from torch import nn
 
 import fastvit
@@ -64,3 +65,17 @@ def test_outputs_and_blocks_of_nested_models():
     report.raise_if_failed()
     names = [row.name for row in report.rows]
     assert {"left.blocks.0", "right.blocks.1", "output.logits", "output.others.0", "top-1"} <= set(names)
+
+
+@needs_library()
+def test_copies_of_frozen_weights_are_compared_in_full():
+    _, fast = pair(mode="inference")
+    with fastvit.use_backend("cpp"):
+        report = fastvit.verify(fast, X)
+        assert report.ok
+        assert report.rows[-1].name == "copies"
+        fast.blocks[0].mlp.fc1.weight.data[0, 1] *= 1 + 1e-6  # less than a verdict on outputs would see
+        report = fastvit.verify(fast, X)
+        assert [row.name for row in report.rows if not row.ok] == ["copies"]
+        assert "1 of " in report.rows[-1].reason
+        assert fastvit.verify(fast, X).ok  # they are anew

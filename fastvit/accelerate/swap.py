@@ -36,8 +36,12 @@ def accelerate(
     Args:
         model: a model of timm, Hugging Face transformers, torchvision, open_clip or fastvit, or one that
             holds such models.
-        mode: "train" folds nothing; "inference" lets LayerScale be folded into copies of the weights, which
-            follow the weights' changes.
+        mode: "train" reads weights where they lie, whoever writes them. "inference" says that they are
+            frozen: copies are kept, packed and with LayerScale folded in. They follow all that torch records
+            (edits, loading, optimizers, conversions), and at each call an element of every row is compared,
+            so that merges, averages and broadcasts are seen too, on a GPU one call later. Not seen is what
+            torch does not record and what leaves most elements as they were (`p.data[0, 0] = 1`): call
+            `refresh` after it; `verify` compares the copies in full.
         ops: the ops to use, of fastvit.ops; the others run as torch's own. None for all.
         strict: raise where a block is left alone.
         checkpoint: "mlp": in training, what the MLPs would save for backward is computed again there.
