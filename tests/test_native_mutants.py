@@ -19,7 +19,7 @@ import libraries  # noqa: E402
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (looked for c++, g++, clang++)")
-SOURCES = (*libraries.SHARED, *libraries.CPU, "row_loops.cpp", *(f"{name}.cpp" for name in libraries.STRIPS))
+SOURCES = (*libraries.SHARED, *libraries.CPU, *(f"{name}.cpp" for name in libraries.LOOPS))
 
 
 def _run(command: list[str]) -> None:

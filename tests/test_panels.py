@@ -4,6 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -25,53 +26,69 @@ sys.path.insert(0, str(CSRC))
 import libraries  # noqa: E402
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
-LEVELS = ["base", *(["v3"] if native_backend.vectors() in ("AVX2", "AVX512") else [])]
-# Rows: each height of the last strip, more than one block. Depth: parts that are whole and not.
-SIZES = [(rows, 20, 16) for rows in range(1, 8)] + [(197, 300, 48), (400, 512, 32), (13, 257, 16), (6, 1, 32)]
+LEVELS = {"AVX2": ["base", "v3"], "AVX512": ["base", "v3", "v4"]}.get(native_backend.vectors(), ["base"])
+# Rows: each height of the last strip, more than one block. Depth: parts and lines that are whole and not.
+SIZES = [(rows, 20, 16) for rows in range(1, 9)] + [(197, 300, 48), (400, 512, 32), (13, 257, 16), (6, 1, 32)]
+ODD = [(7, 272, 1), (9, 19, 15), (8, 37, 33), (100, 300, 40), (5, 17, 90)]  # no whole panel at the end
+FORMS = ("as it is", "in panels")
 
 
-def compiled(level, folder, sources=CSRC):
+def compiled(level, folder, sources=CSRC, optimised="-O3"):
     library = folder / f"panels_{level}.so"
-    flags = ["-std=c++17", "-O3", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
+    flags = ["-std=c++17", optimised, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
     flags += [*libraries.LEVELS[level], f"-DFASTVIT_LEVEL={level}", f"-I{sources}"]
     subprocess.run([COMPILER, *flags, str(TESTS / "panel_calls.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def library(request, tmp_path_factory):
-    return compiled(request.param, tmp_path_factory.mktemp("panels"))
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("panels")
+    return cache(lambda level: compiled(level, folder))
+
+
+# With AVX-512 there are no weights in panels.
+@pytest.fixture(params=[pair for pair in product(LEVELS, FORMS) if pair != ("v4", "in panels")], ids=str)
+def multiplied(library, request):
+    level, form = request.param
+    return partial(multiply, library(level), form)
 
 
 def case(rows, depth, width):
     generator = torch.Generator().manual_seed(rows * depth + width)
-    x, weight, bias, residual = (
-        torch.randn(size, generator=generator)
-        for size in ((rows, depth), (width, depth), width, (rows, width))
-    )
-    return x, weight * depth**-0.5, bias, residual
+    sizes = {"x": (rows, depth), "weight": (width, depth), "bias": width, "scale": width, "residual": (rows, width)}
+    made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    return made | {"weight": made["weight"] * depth**-0.5}
 
 
-def multiply(library, x, weight, bias=None, residual=None, activation=None, shares=1, height=204):
-    """In memory that holds nan before and behind, by so many shares of the panels and of blocks so high."""
-    (rows, depth), width, panels = x.shape, len(weight), native.panels(weight)
-    room = torch.full((rows + 2, width), torch.nan)
-    bounds = torch.linspace(0, len(panels), shares + 1).int().tolist()
+def multiply(
+    library, form, x, weight, bias=None, scale=None, residual=None, activation=None, shares=1, height=216
+):
+    """By so many shares of the columns and of blocks so high. What lies around the weight and the output is nan."""
+    (rows, depth), width = x.shape, len(weight)
+    room = torch.full((rows + 2, width + 5), torch.nan)
+    if form == "in panels":
+        laid = native.panels(weight)
+    else:
+        laid = torch.full((width + 2, depth + 3), torch.nan)[1:-1, 1:-2].copy_(weight)
+    out = room[1:-1, 2:-3]
+    columns = torch.linspace(0, -(-width // 32), shares + 1).int() * 32
     given = [
-        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, panels, bias, residual, room[1:])
+        None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (x, laid, bias, scale, residual, out)
     ]
-    sizes = [ctypes.c_int64(size) for size in (rows, depth, width)]
-    chosen = ctypes.c_int(ACTIVATIONS.index(activation) - 1)
-    for row, share in product(range(0, rows, height), pairwise(bounds)):
-        shared = [ctypes.c_int64(number) for number in (row, min(height, rows - row), *share)]
-        library.multiply(*given, *sizes, chosen, *shared)
-    assert room[[0, -1]].isnan().all()
-    return room[1:-1]
+    sizes = [ctypes.c_int64(size) for size in (rows, depth, width, laid.stride(0), out.stride(0))]
+    chosen = ctypes.c_int(form == "in panels"), ctypes.c_int(ACTIVATIONS.index(activation) - 1)
+    for row, (first, last) in product(range(0, rows, height), pairwise(columns.tolist())):
+        shared = (row, min(height, rows - row), first, min(last, width))
+        library.multiply(*given, *sizes, *chosen, *map(ctypes.c_int64, shared))
+    assert room.isnan().sum() == room.numel() - out.numel() + out.isnan().sum()
+    return out
 
 
-def expected(x, weight, bias=None, residual=None, activation=None):
+def expected(x, weight, bias=None, scale=None, residual=None, activation=None):
     out = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     out = out if activation is None else plain_ops.ACTIVATIONS[activation](out)
+    out = out if scale is None else out * scale.double()
     return out if residual is None else out + residual.double()
 
 
@@ -81,35 +98,50 @@ def right(found, truth):
 
 @needs_compiler
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("beside", ["", "bias", "residual", "bias residual"])
-def test_is_right(library, size, beside):
-    x, weight, bias, residual = case(*size)
-    given = (bias if "bias" in beside else None, residual if "residual" in beside else None)
-    assert right(multiply(library, x, weight, *given), expected(x, weight, *given))
+@pytest.mark.parametrize("without", ["", "bias", "scale", "residual", "bias scale residual"])
+def test_is_right(multiplied, size, without):
+    given = {name: tensor for name, tensor in case(*size).items() if name not in without.split()}
+    assert right(multiplied(**given), expected(**given))
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", ODD, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_any_width(library, level, size):
+    given = case(*size)
+    assert right(multiply(library(level), "as it is", **given), expected(**given))
 
 
 @needs_compiler
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_activations(library, activation):
-    x, weight, bias, residual = case(23, 300, 32)
-    for beside in (None, residual):
-        found = multiply(library, x, weight, bias, beside, activation)
-        assert right(found, expected(x, weight, bias, beside, activation))
+def test_activations(multiplied, activation):
+    given = case(23, 300, 32) | {"activation": activation}
+    for beside in (given, given | {"residual": None, "scale": None}):
+        assert right(multiplied(**beside), expected(**beside))
 
 
 @needs_compiler
-def test_the_bits_do_not_depend_on_the_threads(library):
-    x, weight, bias, residual = case(197, 300, 16 * 7)
-    one = multiply(library, x, weight, bias, residual, "gelu")
-    for shares, height in ((2, 204), (3, 102), (7, 6), (1, 12)):
-        assert torch.equal(multiply(library, x, weight, bias, residual, "gelu", shares, height), one)
+def test_the_bits_do_not_depend_on_the_threads(multiplied):
+    given = case(197, 300, 16 * 7)
+    one = multiplied(**given, activation="gelu")
+    for shares, height in ((2, 216), (3, 96), (4, 24), (1, 12)):
+        found = multiplied(**given, activation="gelu", shares=shares, height=height)
+        assert torch.equal(found, one)
 
 
 @needs_compiler
-def test_nan_and_infinity_go_where_they_belong(library):
-    x, weight, _, _ = case(9, 40, 32)
+@pytest.mark.parametrize("level", LEVELS[:2])
+def test_the_bits_do_not_depend_on_who_lays_the_panels(library, level):
+    one, other = (multiply(library(level), form, **case(197, 300, 48)) for form in FORMS)
+    assert torch.equal(one, other)
+
+
+@needs_compiler
+def test_nan_and_infinity_go_where_they_belong(multiplied):
+    given = case(9, 40, 32)
+    x, weight = given["x"], given["weight"]
     x[4, 7], x[2, 3] = torch.nan, torch.inf
-    found = multiply(library, x, weight)
+    found = multiplied(x, weight)
     assert found.isnan().any(1).tolist() == [row == 4 for row in range(9)]
     assert found.isinf().any(1).tolist() == [row == 2 for row in range(9)]
 
@@ -159,21 +191,32 @@ def test_widths_that_no_panel_divides_are_onednns(in_panels):
 
 
 class Mutant(NamedTuple):
+    file: str
     name: str
     old: str
     new: str
 
 
 MUTANTS = [
-    Mutant("sums forgotten", "if (!to.first) {", "if (false) {"),
-    Mutant("sums of before", "if (!to.first) {", "if (true) {"),
-    Mutant("finished too early", "if (to.last) {", "if (true) {"),
-    Mutant("always the first strip", "p.x + row * p.depth + begin", "p.x + begin"),
-    Mutant("always the first part", "p.x + row * p.depth + begin", "p.x + row * p.depth"),
-    Mutant("the part before", "(n * p.depth + begin) * kPanel", "n * p.depth * kPanel"),
-    Mutant("bias of another panel", "p.bias + column", "p.bias"),
-    Mutant("activation of the whole sum", "residual[i] + Function::value(sums[i] + to.bias[i])",
-           "Function::value(residual[i] + sums[i] + to.bias[i])"),
+    Mutant("panels.cpp", "sums forgotten", "if (begin != 0) {", "if (false) {"),
+    Mutant("panels.cpp", "sums of before", "if (begin != 0) {", "if (true) {"),
+    Mutant("panels.cpp", "finished too early", "if (begin + depth != p.depth) {", "if (depth < 0) {"),
+    Mutant("panels.cpp", "always the first strip", "p.x + row * p.depth + begin", "p.x + begin"),
+    Mutant("panels.cpp", "always the first part", "p.x + row * p.depth + begin", "p.x + row * p.depth"),
+    Mutant("panels.cpp", "the part before, in panels", "column * p.depth + begin * kWide", "column * p.depth"),
+    Mutant("panels.cpp", "the part before, as it is", "column * stride + begin)", "column * stride)"),
+    Mutant("panels.cpp", "bias of another panel", "p.bias[first + i]", "p.bias[i]"),
+    Mutant("panels.cpp", "LayerScale of another panel", "p.scale[first + i]", "p.scale[i]"),
+    Mutant("panels.cpp", "rows of out without a gap", "p.out + row * p.out_stride", "p.out + row * p.width"),
+    Mutant("panels.cpp", "activation of the whole sum", "residual[i] + scale[i] * Function::value(sums[i] + bias[i])",
+           "Function::value(residual[i] + scale[i] * (sums[i] + bias[i]))"),
+    Mutant("panels.cpp", "LayerScale of the whole sum", "residual[i] + scale[i] * Function::value(sums[i] + bias[i])",
+           "scale[i] * (residual[i] + Function::value(sums[i] + bias[i]))"),
+    Mutant("strip.h", "two steps exchanged", "step(1) = FASTVIT_SHUFFLE(ab, cd, 2, 3, 6, 7)",
+           "step(1) = FASTVIT_SHUFFLE(ab, cd, 2, 3, 7, 6)"),
+    Mutant("strip.h", "rows of the weight without a gap", "interleave_four(rows + i * stride + j, stride",
+           "interleave_four(rows + i * depth + j, depth"),
+    Mutant("strip.h", "the last steps left out", "for (; step < depth; ++step) {", "for (; false; ++step) {"),
 ]  # fmt: skip
 
 
@@ -182,10 +225,11 @@ MUTANTS = [
 def test_faults_show(mutant, tmp_path):
     sources = tmp_path / "csrc"
     shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.py", "__pycache__"))
-    text = (sources / "panels.cpp").read_text()
+    text = (sources / mutant.file).read_text()
     assert text.count(mutant.old) == 1
-    (sources / "panels.cpp").write_text(text.replace(mutant.old, mutant.new))
-    library = compiled(LEVELS[-1], tmp_path, sources)
-    x, weight, bias, residual = case(200, 300, 48)
-    found = multiply(library, x, weight, bias, residual, "gelu")
-    assert not right(found, expected(x, weight, bias, residual, "gelu"))
+    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    library = compiled("base", tmp_path, sources, "-O1")
+    given = case(200, 300, 48) | {"activation": "gelu"}
+    truth = expected(**given)
+    with pytest.raises(AssertionError):
+        assert all([right(multiply(library, form, **given), truth) for form in FORMS])
