@@ -168,13 +168,6 @@ def set_to(name: str, p: nn.Parameter) -> None:
     p.set_(p + delta(name, p))
 
 
-def add_to(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
-    def write(p: Tensor) -> None:
-        part(p.data).add_(30 * p.detach().abs().mean())
-
-    return write
-
-
 def half_of(name: str, p: nn.Parameter) -> None:
     """Every other number alone: what pruning by hand does."""
     p.data.mul_(1 - 0.6 * (delta(name, p) > 0).to(p.dtype))
@@ -216,10 +209,10 @@ BROAD: dict[str, Writer] = {
 }
 # Of each matrix a part, of which torch tells nothing: followed where weights are not said to be frozen.
 NARROW: dict[str, Writer] = {
-    "one row": one_by_one(add_to(lambda p: p[len(p) // 2])),
-    "one column": one_by_one(add_to(lambda p: p[:, p.shape[1] // 3])),
-    "the first element": one_by_one(add_to(lambda p: p[0, 0])),
-    "the last element": one_by_one(add_to(lambda p: p[-1, -1])),
+    "one row": one_by_one(lambda p, amount: p.data[len(p) // 2].add_(amount)),
+    "one column": one_by_one(lambda p, amount: p.data[:, p.shape[1] // 3].add_(amount)),
+    "the first element": one_by_one(lambda p, amount: p.data[0, 0].add_(amount)),
+    "the last element": one_by_one(lambda p, amount: p.data[-1, -1].add_(amount)),
     "an element by its address": one_by_one(poked),
     "an element of a vector": every(
         lambda name, p: p.data[len(p) // 2].add_(p.detach().abs().mean()), vectors

@@ -48,13 +48,15 @@ def every(write: Callable[[str, nn.Parameter], object], which=nn.Module.named_pa
     return writer
 
 
-def one_by_one(write: Callable[[Tensor], object]):
-    """A writer that writes a part of one matrix, then of the next."""
+def one_by_one(add: Callable[[Tensor, float], object]) -> Writer:
+    """A writer that adds to a part of one matrix, takes it back, and goes on to the next."""
 
     def writer(model: nn.Module) -> Writes:
         for _, p in matrices(model):
-            write(p)
+            amount = 20 * float(p.detach().abs().mean())
+            add(p, amount)
             yield model
+            add(p, -amount)
 
     return writer
 
