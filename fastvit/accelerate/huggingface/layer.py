@@ -18,7 +18,7 @@ from ..blocks import FusedBlock
 from ..joined import joined_projections
 from . import activations  # noqa: F401 (it enters them)
 from .attention import attention_forward
-from .keywords import READ_BY_SDPA
+from .sdpa import READ_BY_SDPA
 
 
 class AttentionNames(NamedTuple):

@@ -41,10 +41,8 @@ def attention_half4(layer: nn.Module, norm: NormArguments, branch: Branch) -> tu
     names = ("query", "key", "value")
     weight, bias = joined_projections([plain_child(attn, name, LINEARS) for name in names])
     out = weight_and_bias(plain_child(output, "dense", LINEARS))
-    options = mask_options(attn, None, False)
-    return AttentionHalf(
-        norm.beside(weight), weight, bias, between_projections(attn, ATTENTION4), *out, branch
-    ), options
+    between, options = between_projections(attn, ATTENTION4), mask_options(attn, None, False)
+    return AttentionHalf(norm.beside(weight), weight, bias, between, *out, branch), options
 
 
 class ViTLayer4(Layer):
