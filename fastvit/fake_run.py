@@ -51,7 +51,12 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # with a compiler behind it
 
-    # Attention as products: of a CPU's fused one the counter knows nothing.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run_without_data(model, args, kwargs, None, gradients=False)
+    # Attention as products: of a CPU's fused one, and of nn.MultiheadAttention's, the counter knows nothing.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run_without_data(model, args, kwargs, None, gradients=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
