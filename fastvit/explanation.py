@@ -1,5 +1,6 @@
 """`explain`: which op of which block runs on which backend, and why; found by a run without data."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from .accelerate.candidates import blocks_of, hooked_of, own_embeddings_of, type
 from .accelerate.example import Inputs, as_call, example_input
 from .accelerate.registry import load_families
 from .backends import use_backend
+from .errors import FastvitError
 from .fake_run import count_flops, run_without_data
 from .gpus import assume_arch
-from .recording import Recorder, recording
+from .recording import Event, Recorder, recording
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Explanation:
     rows: tuple[Row, ...]
     coverage: Coverage
     compiler: str = ""  # what was measured of torch.compile over such a model, if it loses
+    part: str = ""  # what was run of a model that takes more than images
 
     def to_json(self) -> str:
-        """The rows, the coverage and what is said of the compiler."""
+        """The rows, the coverage, what is said of the compiler, and what part of the model was run."""
         rows = [asdict(row) for row in self.rows]
-        return json.dumps({"coverage": self.coverage._asdict(), "rows": rows, "compiler": self.compiler})
+        said = {"compiler": self.compiler, "part": self.part}
+        return json.dumps({"coverage": self.coverage._asdict(), "rows": rows, **said})
 
     def __str__(self) -> str:
         lines = [("module", "op", "backend", "reason"), *((*key, reason) for key, reason in self._grouped())]
@@ -84,9 +88,9 @@ class Explanation:
         unmeasured = any("not measured" in row.reason for row in self.rows)
         advice = "; `fastvit tune` measures what was not measured here" if unmeasured else ""
         compiler = f"; {self.compiler}" if self.compiler else ""
-        return (
-            f"kernels of fastvit can serve {self.coverage.blocks:.0%} of the blocks{flops}{advice}{compiler}"
-        )
+        of = f" of {self.part}, which alone runs on images (x: the model's own inputs)" if self.part else ""
+        served = f"{self.coverage.blocks:.0%} of the blocks"
+        return f"kernels of fastvit can serve {served}{of}{flops}{advice}{compiler}"
 
 
 def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) -> Explanation:
@@ -98,27 +102,85 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
             model's own size. FLOPs are counted only for an x that is given.
         arch: answer for a GPU of this architecture, "sm_90" say, that need not be here.
 
+    Returns:
+        A row for each op of each block, and for each module that runs its library's own forward, or that this
+        call does not run. Of a model that takes more than images its vision tower alone, without ``x``.
+
     Raises:
-        ValueError: for an unknown ``arch``, or a model whose image size cannot be found without ``x``.
+        ValueError: for an unknown ``arch``, or without ``x`` for a model that runs on images in no part.
     """
     load_families()
-    args, kwargs = as_call(example_input(model) if x is None else x)
-    with assume_arch(arch), recording() as recorder, _named(model, recorder):
-        run_without_data(model, args, kwargs, "cuda" if arch else None, gradients=model.training)
+    with assume_arch(arch):
+        runs = [_run("", model, x, arch)] if x is not None else _runs_on_images(model, arch)
+    args, kwargs = ((), {}) if x is None else as_call(x)
     flops = {} if x is None else _flops(model, args, kwargs)
+    events = [event for _, found in runs for event in found]
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
     left |= own_embeddings_of(model) | typed_weights_of(model)
+    parts = [name for name, _ in runs]
+    left = {name: reason for name, reason in left.items() if any(_is_inside(name, part) for part in parts)}
+    blocks = [name for name in blocks_of(model) if any(_is_inside(name, part) for part in parts)]
     rows = [Row(name, "forward", "original", False, reason) for name, reason in left.items()]
-    for event in recorder.events:
-        if event.module in left:
-            continue
-        rows.append(Row(event.module, event.op or "forward", event.backend, event.accelerated, event.reason))
-    rows = list(dict.fromkeys(rows))
-    blocks = list(blocks_of(model))
-    served = {name for name in blocks if _is_served(name, rows)}
+    for event in events:
+        if event.module not in left:
+            row = Row(event.module, event.op or "forward", event.backend, event.accelerated, event.reason)
+            rows.append(row)
+    reached = {row.module for row in rows}
+    rows += [Row(name, "forward", "none", False, NOT_RUN) for name in blocks if name not in reached]
+    served = {name for name in blocks if _is_served(name, rows, events)}
+    rows = sorted(dict.fromkeys(rows), key=_order(model))
     shares = Coverage(len(served) / len(blocks) if blocks else 0.0, _share(served, flops))
     compiler = "" if arch else _of_the_compiler(model, blocks)
-    return Explanation(tuple(sorted(rows, key=_order(model))), shares, compiler)
+    return Explanation(tuple(rows), shares, compiler, " and ".join(filter(None, parts)))
+
+
+NOT_RUN = "it is not run by a call with this x"
+
+
+def _run(name: str, model: nn.Module, x: Inputs, arch: str | None) -> tuple[str, list[Event]]:
+    """What happens in a call, with ``name`` before the names of the model's modules."""
+    args, kwargs = as_call(x)
+    with recording() as recorder, _named(name, model, recorder):
+        run_without_data(model, args, kwargs, "cuda" if arch else None, gradients=model.training)
+    return name, recorder.events
+
+
+def _runs_on_images(model: nn.Module, arch: str | None) -> list[tuple[str, list[Event]]]:
+    """That of the model, or if it takes more than images of the largest parts that take no more.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not blocks_of(model):
+        return [_run("", model, example_input(model), arch)]
+    why: list[Exception] = []
+    found = list(_largest_that_run("", model, arch, why))
+    if not found:
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = ", ".join(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+        message = f"{type(model).__name__} does not run on images alone: pass x, a mapping of {names}"
+        raise ValueError(message) from why[0]
+    return found
+
+
+def _largest_that_run(
+    name: str, model: nn.Module, arch: str | None, why: list[Exception]
+) -> Iterator[tuple[str, list[Event]]]:
+    """What a call lacks is known by no other means than the call; why it failed is put into ``why``."""
+    try:
+        yield _run(name, model, example_input(model), arch)
+    except FastvitError:
+        raise
+    except Exception as error:
+        why.append(error)
+        for child, module in model.named_children():
+            blocks = blocks_of(module)
+            if blocks and "" not in blocks:
+                yield from _largest_that_run(f"{name}.{child}".lstrip("."), module, arch, why)
+
+
+def _is_inside(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(f"{part}.")
 
 
 def _of_the_compiler(model: nn.Module, blocks: list[str]) -> str:
@@ -134,9 +196,12 @@ def _of_the_compiler(model: nn.Module, blocks: list[str]) -> str:
     return f"torch.compile is faster over the original model: over this one {said}" if lost else ""
 
 
-def _is_served(block: str, rows: list[Row]) -> bool:
-    own = [row for row in rows if row.module == block or row.module.startswith(f"{block}.")]
-    return bool(own) and all(row.accelerated for row in own)
+def _is_served(block: str, rows: list[Row], events: list[Event]) -> bool:
+    """Whether both halves of a block were run by ops alone, that kernels can serve all."""
+    own = [row for row in rows if _is_inside(row.module, block)]
+    ops = [event.op for event in events if _is_inside(event.module, block)]
+    begun = ops.count("layer_norm_linear") + ops.count("layer_norm_mlp")  # a half begins with its norm
+    return "attention" in ops and begun >= 2 and all(row.accelerated for row in own)
 
 
 def _share(served: set[str], flops: dict[str, int]) -> float | None:
@@ -157,8 +222,8 @@ def _flops(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, int]:
 
 
 @contextmanager
-def _named(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder which of our modules is running."""
+def _named(prefix: str, model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder which of our modules is running, with the prefix before their names."""
     outer: list[str] = []
 
     def enter(name: str) -> None:
@@ -169,7 +234,8 @@ def _named(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         recorder.module = outer.pop()
 
     handles = []
-    for name, module in hooked_of(model).items():
+    for inner, module in hooked_of(model).items():
+        name = f"{prefix}.{inner}".strip(".")
         handles.append(module.register_forward_pre_hook(lambda _module, _args, name=name: enter(name)))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -17,17 +17,24 @@ def run_without_data(
         args, kwargs: of its forward.
         device: where weights and inputs are taken to be; None for where they are.
         gradients: record them.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # with a compiler behind it
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    Raises:
+        ValueError: for a model whose forward asks what values a tensor has.
+    """
+    from torch._subclasses import fake_tensor  # with a compiler behind it
+
+    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     given = {**dict(model.named_parameters()), **dict(model.named_buffers()), **kwargs}
     given |= {f"argument {i}": value for i, value in enumerate(args)}
     fakes = {name: _fake(value, mode, device, gradients) for name, value in given.items()}
     inputs = tuple(fakes.pop(f"argument {i}") for i in range(len(args)))
     named = {name: fakes.pop(name) for name in kwargs}
-    with mode, torch.set_grad_enabled(gradients):
-        functional_call(model, fakes, inputs, named)
+    try:
+        with mode, torch.set_grad_enabled(gradients):
+            functional_call(model, fakes, inputs, named)
+    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        message = "depends on the values of its inputs, which a run without data lacks: pass a part of it"
+        raise ValueError(f"{type(model).__name__} {message}") from error
 
 
 def _fake(value: Any, mode: Any, device: str | None, gradients: bool) -> Any:
@@ -44,7 +51,12 @@ def count_flops(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # with a compiler behind it
 
-    # Attention as products: of a CPU's fused one the counter knows nothing.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run_without_data(model, args, kwargs, None, gradients=False)
+    # Attention as products: of a CPU's fused one, and of nn.MultiheadAttention's, the counter knows nothing.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run_without_data(model, args, kwargs, None, gradients=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}

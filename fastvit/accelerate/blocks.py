@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import backends, recording
+from .. import backends
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
-from ..layers.plain import Unfused
+from ..layers.plain import Unfused, ran_its_own_forward
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
 
@@ -34,7 +34,7 @@ class FusedBlock:
                 raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
             attention, mlp, options = self.gather(settings.fold, *args, **kwargs)
         except Unfused as reason:
-            recording.ran_its_own_forward(reason)
+            ran_its_own_forward(reason)
             return super().forward(x, *args, **kwargs)
         with settings.context():
             out = run_mlp(run_attention(x, attention, settings, **options), mlp, settings)

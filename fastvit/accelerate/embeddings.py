@@ -4,9 +4,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from .. import ops, recording
+from .. import ops
 from ..layers.patch_embed import cuts_patches, joined_tokens
-from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, weight_and_bias
+from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, ran_its_own_forward, weight_and_bias
 from ..layers.settings import Settings
 
 
@@ -76,7 +76,7 @@ class FusedEmbedding:
         try:
             arguments = self.gather(pixel_values, *args, **kwargs)
         except Unfused as reason:
-            recording.ran_its_own_forward(reason)
+            ran_its_own_forward(reason)
             return super().forward(pixel_values, *args, **kwargs)
         with Settings.of(self).context():
             return ops.patch_embed(*arguments)

@@ -9,12 +9,12 @@ from ..layers.activation import ACTIVATION_NAMES, activation_name
 from ..layers.halves import AttentionHalf, Branch, MlpHalf
 from ..layers.mlp import two_layers
 from ..layers.norm import NORMS, NormArguments, norm_arguments
-from ..layers.plain import LINEARS, Unfused, known, plain_child
+from ..layers.plain import LINEARS, Unfused, known, plain_child, ran_its_own_forward
 from ..layers.regularization import LAYER_SCALES, layer_scale
 from ..layers.settings import Settings
 from .blocks import FusedBlock
 from .embeddings import patches
-from .multihead import attention_half
+from .multihead import attention_half, mask_of_heads
 from .registry import LEFT_ALONE, classes, replaces
 
 NORMS[known(transformer.LayerNorm)] = "layer_norm"
@@ -46,7 +46,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
         arguments = _mlp_arguments(mlp, norm_arguments(self, "ln_2"))
         if attn_mask is not None:
             # As the block does: a mask of booleans becomes numbers, which are added.
-            attn_mask = attn_mask.to(attention.qkv_weight.dtype)
+            attn_mask = mask_of_heads(attn_mask.to(attention.qkv_weight.dtype), self.attn.num_heads)
         return (
             attention,
             MlpHalf(arguments, Branch(layer_scale(self, "ls_2"), fold=fold)),
@@ -68,7 +68,7 @@ class VisionTransformer(transformer.VisionTransformer):
             try:
                 arguments = self._embedding_arguments(x)
             except Unfused as reason:
-                recording.ran_its_own_forward(reason)
+                ran_its_own_forward(reason)
                 return super()._embeds(x)
             with Settings.of(self).context():
                 tokens = ops.patch_embed(*arguments)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from .. import backends, ops, recording
 from ..call_facts import compute_dtype
 from ..layers.patch_embed import cuts_patches, joined_tokens
-from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
+from ..layers.plain import (
+    CONVOLUTIONS,
+    Unfused,
+    idle_child,
+    known,
+    plain_child,
+    ran_its_own_forward,
+    weight_and_bias,
+)
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
 from .registry import PARTS, replaces
@@ -43,7 +51,7 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
         try:
             arguments, grid = gather(model, images, settings)
         except Unfused as reason:
-            recording.ran_its_own_forward(reason)
+            ran_its_own_forward(reason)
             return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
         tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
     if settings.mean is None and became_idle(model, images, backends.served() > served):

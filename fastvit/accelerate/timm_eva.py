@@ -1,13 +1,11 @@
 """timm's Eva (EVA-02, DINOv3, Perception Encoder) and its pre-norm block with rotary positions."""
 
-from functools import partial
-
 import torch
 from timm import layers
 from timm.models import eva
 from torch import Tensor, nn
 
-from ..layers.attention import attend
+from ..layers.attention import between_projections
 from ..layers.halves import AttentionHalf, Branch, MlpHalf
 from ..layers.mlp import MLPS
 from ..layers.norm import norm_arguments
@@ -37,14 +35,12 @@ class EvaBlock(FusedBlock, eva.EvaBlock):
             raise Unfused("attn has a gate on its output")
         if getattr(attn, "num_kv_groups", 1) != 1:
             raise Unfused("attn has fewer heads of keys than of queries")
-        if not attn.fused_attn:
-            raise Unfused("attn is set to show its attention weights")
         idle_child(attn, "proj_drop")
         weight, bias = _qkv(attn)
         proj = weight_and_bias(plain_child(attn, "proj", LINEARS))
         norm = norm_arguments(self, "norm1").beside(weight)
         branch = Branch(self.gamma_1, plain_child(self, "drop_path1", DROP_PATHS), fold)
-        attention = AttentionHalf(norm, weight, bias, partial(attend, attn), *proj, branch)
+        attention = AttentionHalf(norm, weight, bias, between_projections(attn), *proj, branch)
         mlp = plain_child(self, "mlp", MLPS)
         branch = Branch(self.gamma_2, plain_child(self, "drop_path2", DROP_PATHS), fold)
         arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm2"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.activation import activation_name
 from ..layers.halves import Branch
-from ..layers.norm import NormArguments, norm_arguments
+from ..layers.norm import NORMS, NormArguments, norm_arguments
 from ..layers.plain import LINEARS, idle_child, known, plain_child, weight_and_bias
 from ..layers.regularization import DROP_PATHS, layer_scale
 from . import timm_vit
@@ -16,7 +16,10 @@ from .joined import joined_projections
 
 
 class GeGluHalf(NamedTuple):
-    """x + branch(fc2(act(gate) * value)), gate and value of norm(outer_norm(x)) by one joined projection."""
+    """x + branch(fc2(act(gate) * value)), gate and value of norm(outer_norm(x)) by one joined projection.
+
+    ``outer_norm`` and ``act`` are plain modules: calling them calls nothing else.
+    """
 
     outer_norm: nn.Module
     norm: NormArguments
@@ -44,6 +47,7 @@ def geglu_half(block: nn.Module, fold: bool) -> GeGluHalf:
     Raises:
         Unfused: if a part is to run its own forward.
     """
+    outer_norm = plain_child(block, "norm2", NORMS)
     mlp = plain_child(block, "mlp", (vitamin.GeGluMlp,))
     activation_name(mlp)
     idle_child(mlp, "drop1")
@@ -52,7 +56,7 @@ def geglu_half(block: nn.Module, fold: bool) -> GeGluHalf:
     fc2 = weight_and_bias(plain_child(mlp, "w2", LINEARS))
     norm = norm_arguments(mlp, "norm").beside(weight)
     branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), fold)
-    return GeGluHalf(block.norm2, norm, weight, bias, mlp.act, *fc2, branch)
+    return GeGluHalf(outer_norm, norm, weight, bias, mlp.act, *fc2, branch)
 
 
 timm_vit.MLP_HALVES[known(vitamin.GeGluMlp)] = geglu_half

@@ -8,7 +8,7 @@ from ..layers.activation import activation_name
 from ..layers.halves import AttentionHalf, Branch, MlpHalf
 from ..layers.mlp import two_layers
 from ..layers.norm import NormArguments, norm_arguments
-from ..layers.plain import LINEARS, Unfused, idle_child, known, plain_child
+from ..layers.plain import LINEARS, Unfused, idle_child, known, plain_child, ran_its_own_forward
 from ..layers.settings import Settings
 from .blocks import FusedBlock
 from .embeddings import patches
@@ -56,7 +56,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
             try:
                 arguments = self._embedding_arguments(images)
             except Unfused as reason:
-                recording.ran_its_own_forward(reason)
+                ran_its_own_forward(reason)
                 return None
             with Settings.of(self).context():
                 return ops.patch_embed(*arguments)

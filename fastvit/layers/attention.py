@@ -1,14 +1,15 @@
 """Multi-head self-attention with timm's arguments and parameter names."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .norm import norm_arguments
-from .plain import DROPOUTS, Unfused, is_identity, is_plain, known
+from .norm import NORMS, norm_arguments
+from .plain import DROPOUTS, Unfused, is_identity, is_plain, known, plain_child, ran_its_own_forward
 
 
 @known
@@ -54,50 +55,73 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, D] to [B, N, D]; attn_mask as torch's scaled_dot_product_attention takes it."""
-        x = attend(self, self.qkv(x), attn_mask=attn_mask, is_causal=is_causal)
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+        try:
+            between = between_projections(self)
+        except Unfused as reason:
+            ran_its_own_forward(reason)
+            x = self._by_modules(self.qkv(x), **masks)
+        else:
+            x = between(self.qkv(x), **masks)
         return self.proj_drop(self.proj(x))
 
+    def _by_modules(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """What lies between the projections, with everything in it called."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn and is_plain(self.attn_drop, DROPOUTS):
+            masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+            dropout_p = self.attn_drop.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **masks)
+        else:
+            x = self.attn_drop(attention_weights(q * self.scale, k, attn_mask, is_causal)) @ v
+        return self.norm(x.transpose(1, 2).flatten(2))
 
-# Classes whose forward is a qkv projection, `attend`, and an output projection.
+
+# Classes whose forward is a qkv projection, what `between_projections` says, and an output projection.
 ATTENTIONS: dict[type[nn.Module], None] = {Attention: None}
 
 
-def attend(
-    attn: nn.Module, qkv: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, **rotary
-) -> Tensor:
-    """What lies between an attention module's projections: packed [B, N, 3 * H * d] to [B, N, H * d].
+class BetweenProjections(NamedTuple):
+    """What an attention module computes between its projections, decided before anything runs.
 
-    Args:
-        attn: has num_heads, head_dim, scale, fused_attn, q_norm, k_norm, attn_drop and norm, as timm's have.
-        qkv: the projected tokens.
-        attn_mask, is_causal: as torch's scaled_dot_product_attention takes them.
-        rotary: `ops.attention`'s arguments for rotary positions.
+    ``scale``: None for d ** -0.5. ``qk_norm``: `ops.attention`'s arguments for norms of q and k, or None.
+    ``norm``: what follows the heads, a plain norm; calling it calls nothing else.
+    """
+
+    num_heads: int
+    scale: float | None = None
+    dropout_p: float = 0.0
+    qk_norm: dict | None = None
+    norm: nn.Module | None = None
+
+    def __call__(self, qkv: Tensor, **options) -> Tensor:
+        """Packed [B, N, 3 * H * d] to [B, N, H * d].
+
+        ``options`` are a call's own: masks and rotary positions, as `ops.attention` takes them.
+        """
+        foreign = any(isinstance(option, Tensor) for option in options.values())
+        norms = self.qk_norm or {}
+        x = ops.attention(
+            qkv, self.num_heads, self.scale, dropout_p=self.dropout_p, **norms, **options, validate=foreign
+        )
+        return x if self.norm is None else self.norm(x)
+
+
+def between_projections(attn: nn.Module) -> BetweenProjections:
+    """That of a module with num_heads, fused_attn, q_norm, k_norm, attn_drop and norm, as timm's have.
+
+    Its ``scale`` is of no account: timm's fused attention does not read it.
 
     Raises:
-        Unfused: for rotary positions, where only the module's own forward will do.
+        Unfused: if something in it is to be called, or its attention weights are to be seen.
     """
-    parts = attn._modules
-    norm, attn_drop = parts["norm"], parts["attn_drop"]
-    fused = attn.fused_attn and is_plain(attn_drop, DROPOUTS)
-    options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": attn.scale}
-    options["dropout_p"] = attn_drop.p if attn.training and fused else 0.0
-    try:
-        qk_norm = qk_norm_arguments(attn)
-    except Unfused:
-        qk_norm = None
-    if fused and qk_norm is not None:
-        foreign = attn_mask is not None or rotary  # the arguments that are not this module's own
-        x = ops.attention(qkv, attn.num_heads, **options, **qk_norm, **rotary, validate=bool(foreign))
-        return x if is_identity(norm) else norm(x)
-    if rotary:
-        raise Unfused("its norms of q and k, or its attention weights, are wanted beside rotary positions")
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k = parts["q_norm"](q), parts["k_norm"](k)
-    if fused:
-        x = F.scaled_dot_product_attention(q, k, v, **options)
-    else:
-        x = attn_drop(attention_weights(q * attn.scale, k, attn_mask, is_causal)) @ v
-    return norm(x.transpose(1, 2).flatten(2))
+    if not attn.fused_attn:
+        raise Unfused("attn is set to show its attention weights")
+    attn_drop = plain_child(attn, "attn_drop", DROPOUTS)
+    dropout_p = attn_drop.p if attn.training else 0.0
+    norm = None if is_identity(attn._modules["norm"]) else plain_child(attn, "norm", NORMS)
+    return BetweenProjections(attn.num_heads, None, dropout_p, qk_norm_arguments(attn), norm)
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -110,14 +134,14 @@ def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal:
     return (logits if attn_mask is None else logits + attn_mask).softmax(dim=-1)
 
 
-def qk_norm_arguments(attn: nn.Module) -> dict:
-    """The attention op's arguments for the module's norms of q and k.
+def qk_norm_arguments(attn: nn.Module) -> dict | None:
+    """The attention op's arguments for the module's norms of q and k; None if it has none.
 
     Raises:
         Unfused: if only their own forwards know.
     """
     if is_identity(attn._modules["q_norm"]) and is_identity(attn._modules["k_norm"]):
-        return {}
+        return None
     q, k = norm_arguments(attn, "q_norm"), norm_arguments(attn, "k_norm")
     if (q.norm, q.eps) != (k.norm, k.eps):
         raise Unfused("q_norm and k_norm are of different kinds")

@@ -2,16 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 
-from .. import recording
-from .attention import ATTENTIONS, Attention, attend
+from .attention import ATTENTIONS, Attention, between_projections
 from .halves import AttentionHalf, Branch, MlpHalf, run_attention, run_mlp
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import LINEARS, Unfused, idle_child, plain_child, weight_and_bias
+from .plain import LINEARS, Unfused, idle_child, plain_child, ran_its_own_forward, weight_and_bias
 from .regularization import DROP_PATHS, DropPath, LayerScale, layer_scale
 from .settings import Settings
 
@@ -93,7 +91,7 @@ class Block(nn.Module):
         try:
             half = attention_half(self, settings.fold)
         except Unfused as reason:
-            recording.ran_its_own_forward(reason)
+            ran_its_own_forward(reason)
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
             return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
         with settings.context():
@@ -104,7 +102,7 @@ class Block(nn.Module):
         try:
             half = mlp_half(self, settings.fold)
         except Unfused as reason:
-            recording.ran_its_own_forward(reason)
+            ran_its_own_forward(reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         with settings.context():
             return run_mlp(x, half, settings)
@@ -124,7 +122,7 @@ def attention_half(block: nn.Module, fold: bool = False) -> AttentionHalf:
     weight, bias = weight_and_bias(qkv)
     branch = Branch(layer_scale(block, "ls1"), plain_child(block, "drop_path1", DROP_PATHS), fold)
     norm = norm_arguments(block, "norm1").beside(weight)
-    return AttentionHalf(norm, weight, bias, partial(attend, attn), *weight_and_bias(proj), branch)
+    return AttentionHalf(norm, weight, bias, between_projections(attn), *weight_and_bias(proj), branch)
 
 
 def mlp_half(block: nn.Module, fold: bool = False) -> MlpHalf:

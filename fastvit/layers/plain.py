@@ -6,6 +6,7 @@ is asked here reads the modules' dictionaries.
 
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import (
@@ -15,6 +16,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from .. import backends, recording
 from ..ops.overrides import overridden
 
 # Classes by what they compute. Other libraries' are added to such tables when their models are accelerated.
@@ -35,6 +37,7 @@ _FORWARDS = {
 _OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Each tells of a forward hook whether it would do nothing now: some libraries leave hooks for good.
 IDLE_HOOKS: list[Callable[[Callable], bool]] = []
+_said: set[str] = set()
 
 
 class Unfused(Exception):
@@ -45,6 +48,21 @@ class Unfused(Exception):
             return self.args[0]
         name, child = self.args
         return f"{name} {_why_not_plain(child)}"
+
+
+def ran_its_own_forward(reason: object) -> None:
+    """Note that a module that could be fused was not, and why; say so once where a backend is asked for.
+
+    It raises nothing, unlike an op that a backend cannot run: a hook, say, has its right to the original.
+    """
+    recording.ran_its_own_forward(reason)
+    if torch.compiler.is_compiling():
+        return
+    asked = {name for op in backends.TABLE if (name := backends.requested(op)) not in ("auto", "reference")}
+    message = f"{' and '.join(sorted(asked))} asked for, and a module ran its original forward: {reason}"
+    if asked and message not in _said:
+        _said.add(message)
+        backends.logger.warning("%s", message)
 
 
 def known(layer: type[nn.Module]) -> type[nn.Module]:

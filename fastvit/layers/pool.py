@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import Unfused, plain_child
+from .plain import Unfused, plain_child, ran_its_own_forward
 from .weight_init import trunc_normal_scaled_
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
@@ -76,7 +76,8 @@ class AttentionPoolLatent(nn.Module):
         try:
             mlp = plain_child(self, "mlp", MLPS)
             arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm"))
-        except Unfused:
+        except Unfused as reason:
+            ran_its_own_forward(reason)
             return (x + self.mlp(self.norm(x)))[:, 0]
         return ops.layer_norm_mlp(x, **arguments)[:, 0]
 

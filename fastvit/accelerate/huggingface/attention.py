@@ -4,15 +4,13 @@ from torch import Tensor, nn
 
 from ...ops.attention import attention_of_views
 
-# Arguments of transformers' attention functions that change nothing of what ours computes.
-_HARMLESS = frozenset(("output_attentions", "output_hidden_states", "use_cache"))
-
 
 def register_hf() -> None:
     """Make ``attn_implementation="fastvit"`` known to transformers, once or again.
 
     Attention and the masks for it are registered together: transformers gives a function whose masks it does
-    not know none at all. Calls that the op does not compute go to transformers' "sdpa".
+    not know none at all. Calls that the op does not compute go to transformers' "sdpa"; a model that cannot
+    run on that raises ValueError when it is called.
     """
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
@@ -32,11 +30,19 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [B, H, N, d] each to [B, N, H, d], and no weights."""
-    others = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
-    if others or not query.shape == key.shape == value.shape:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """transformers' attention function: [B, H, N, d] each to [B, N, H, d], and no weights.
 
+    Raises:
+        ValueError: for a model that cannot run on transformers' "sdpa".
+    """
+    from .sdpa import READ_BY_SDPA, sdpa_attention_forward, takes_sdpa
+
+    if not takes_sdpa(type(module)):
+        raise ValueError(
+            f"{type(module).__name__} computes more than attention: as with 'sdpa', 'fastvit' is not for it"
+        )
+    given = {name for name, value in kwargs.items() if value is not None and value is not False}
+    if given & READ_BY_SDPA or not query.shape == key.shape == value.shape:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if is_causal is None:

@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
+from ...layers.attention import BetweenProjections
 from ...layers.halves import AttentionHalf, MlpHalf
 from ...layers.mlp import MLPS
 from ...layers.plain import Unfused, known
@@ -37,7 +38,9 @@ class DINOv3ViTLayer(Layer, dinov3.DINOv3ViTLayer):
         return attention, mlp, options | {"position_embeddings": position_embeddings}
 
 
-def attend_rotated(attend: partial, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor], **options):
+def attend_rotated(
+    attend: BetweenProjections, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor], **options
+) -> Tensor:
     """The same with the last tokens rotated, by tables [N - P, d]."""
     cos, sin = position_embeddings
     num_prefix_tokens = qkv.shape[1] - sin.shape[-2]

@@ -1,6 +1,5 @@
 """The pre-norm layer that transformers' vision models share: separate projections, options, masks."""
 
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ... import ops
 from ...layers.activation import activation_name
+from ...layers.attention import BetweenProjections
 from ...layers.halves import AttentionHalf, Branch, MlpHalf
 from ...layers.mlp import MLPS, two_layers
 from ...layers.norm import NormArguments, norm_arguments
@@ -19,6 +18,7 @@ from ..blocks import FusedBlock
 from ..joined import joined_projections
 from . import activations  # noqa: F401 (it enters them)
 from .attention import attention_forward
+from .sdpa import READ_BY_SDPA
 
 
 class AttentionNames(NamedTuple):
@@ -75,8 +75,8 @@ class Layer(FusedBlock):
         **others,
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
         parts = self.parts
-        if others:
-            raise Unfused(f"it is called with {', '.join(others)}")
+        if read := READ_BY_SDPA.intersection(others):
+            raise Unfused(f"it is called with {', '.join(sorted(read))}")
         if output_attentions:
             raise Unfused("its attention weights are asked for")
         if parts.dropout is not None:
@@ -108,15 +108,14 @@ def attention_half(attn: nn.Module, norm: NormArguments, branch: Branch) -> Atte
     names = ATTENTIONS[type(attn)]
     weight, bias = joined_projections([plain_child(attn, f"{part}_proj", LINEARS) for part in "qkv"])
     out = weight_and_bias(plain_child(attn, names.out, LINEARS))
-    return AttentionHalf(norm.beside(weight), weight, bias, partial(attend, attn, names), *out, branch)
+    between = between_projections(attn, names)
+    return AttentionHalf(norm.beside(weight), weight, bias, between, *out, branch)
 
 
-def attend(attn: nn.Module, names: AttentionNames, qkv: Tensor, **options) -> Tensor:
-    """What lies between the projections: packed [B, N, 3 * H * d] to [B, N, H * d]."""
-    foreign = any(isinstance(option, Tensor) for option in options.values())
+def between_projections(attn: nn.Module, names: AttentionNames) -> BetweenProjections:
+    """What this plain attention module computes between its projections."""
     dropout_p = getattr(attn, names.dropout) if attn.training else 0.0
-    num_heads, scale = getattr(attn, names.num_heads), getattr(attn, names.scale)
-    return ops.attention(qkv, num_heads, scale, dropout_p=dropout_p, **options, validate=foreign)
+    return BetweenProjections(getattr(attn, names.num_heads), getattr(attn, names.scale), dropout_p)
 
 
 def mask_options(attn: nn.Module, mask: Tensor | None, is_causal: bool | None) -> dict:
@@ -124,7 +123,7 @@ def mask_options(attn: nn.Module, mask: Tensor | None, is_causal: bool | None) -
 
     Raises:
         Unfused: for another function than transformers' "eager", its "sdpa", and ours; and for a mask or a
-            dropout that the first treats in its own way.
+            dropout that "eager" treats in its own way.
     """
     implementation = attn.config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
@@ -134,9 +133,13 @@ def mask_options(attn: nn.Module, mask: Tensor | None, is_causal: bool | None) -
     if eager and attn.training and getattr(attn, ATTENTIONS[type(attn)].dropout):
         raise Unfused("eager attention drops weights, by draws of its own")
     if mask is not None:
+        if eager:
+            # Its mask is the least number that there is: a row that sees no key gives the mean of all values,
+            # and its gradients; in half precision, where logits are rounded, more than that is its own.
+            raise Unfused("eager attention adds a mask, in a way of its own")
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 3, 4):
             raise Unfused("attention_mask is not [N, N], nor up to [B, H, N, N]")
-        if not (mask.is_floating_point() or (mask.dtype == torch.bool and not eager)):
+        if not (mask.is_floating_point() or mask.dtype == torch.bool):
             raise Unfused(f"attention_mask is {mask.dtype}")
     is_causal = attn.is_causal if is_causal is None else is_causal
     return {"attn_mask": mask, "is_causal": bool(is_causal) and mask is None and not eager}

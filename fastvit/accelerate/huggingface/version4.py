@@ -1,7 +1,6 @@
 """What is otherwise in transformers 4 (4.57): attention and MLP in two modules each, CLIP's two masks."""
 
 import inspect
-from functools import partial
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from ...layers.norm import NormArguments, norm_arguments
 from ...layers.plain import LINEARS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ...layers.regularization import DROP_PATHS, layer_scale
 from ..joined import joined_projections
-from .layer import ATTENTIONS, CLIP, DINO, VIT, AttentionNames, Layer, attend, mask_options
+from .layer import ATTENTIONS, CLIP, DINO, VIT, AttentionNames, Layer, between_projections, mask_options
 
 ATTENTION4 = AttentionNames(dropout="dropout_prob")
 # Modules that hold what the ops compute, by what they are in a layer.
@@ -42,9 +41,8 @@ def attention_half4(layer: nn.Module, norm: NormArguments, branch: Branch) -> tu
     names = ("query", "key", "value")
     weight, bias = joined_projections([plain_child(attn, name, LINEARS) for name in names])
     out = weight_and_bias(plain_child(output, "dense", LINEARS))
-    inner = partial(attend, attn, ATTENTION4)
-    options = mask_options(attn, None, False)
-    return AttentionHalf(norm.beside(weight), weight, bias, inner, *out, branch), options
+    between, options = between_projections(attn, ATTENTION4), mask_options(attn, None, False)
+    return AttentionHalf(norm.beside(weight), weight, bias, between, *out, branch), options
 
 
 class ViTLayer4(Layer):
