@@ -44,7 +44,7 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
             arguments, grid = gather(model, images, settings)
         except Unfused as reason:
             recording.ran_its_own_forward(reason)
-            return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
+            return settings.normalized(images, model.patch_embed)
         tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
     if settings.mean is None and became_idle(model, images, backends.served() > served):
         return images
