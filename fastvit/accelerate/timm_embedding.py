@@ -16,7 +16,7 @@ from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
-from .registry import PARTS, replaces
+from .registry import PARTS, Replacement, outlives_restore, replaces
 
 
 class Embedded(NamedTuple):
@@ -29,7 +29,8 @@ class Embedded(NamedTuple):
 
 @known
 @replaces(layers.PatchEmbed, PARTS)
-class PatchEmbed(layers.PatchEmbed):
+class PatchEmbed(Replacement, layers.PatchEmbed):
+    @outlives_restore
     def forward(self, x: Tensor | Embedded) -> Tensor | Embedded:
         return x if isinstance(x, Embedded) else super().forward(x)
 
