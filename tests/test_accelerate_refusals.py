@@ -19,15 +19,6 @@ def types(model):
     return [type(module) for module in model.modules()]
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """A process group of one process."""
-    file = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_no_vit_is_left_as_it_is_with_a_warning():
     model = timm.create_model("resnet18", num_classes=3)
     before = types(model)

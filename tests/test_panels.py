@@ -35,7 +35,16 @@ FORMS = ("as it is", "in panels")
 
 def compiled(level, folder, sources=CSRC, optimised="-O3"):
     library = folder / f"panels_{level}.so"
-    flags = ["-std=c++17", optimised, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *libraries.LOOP_FLAGS]
+    flags = [
+        "-std=c++17",
+        optimised,
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *libraries.LOOP_FLAGS,
+    ]
     flags += [*libraries.LEVELS[level], f"-DFASTVIT_LEVEL={level}", f"-I{sources}"]
     subprocess.run([COMPILER, *flags, str(TESTS / "panel_calls.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
@@ -56,7 +65,13 @@ def multiplied(library, request):
 
 def case(rows, depth, width):
     generator = torch.Generator().manual_seed(rows * depth + width)
-    sizes = {"x": (rows, depth), "weight": (width, depth), "bias": width, "scale": width, "residual": (rows, width)}
+    sizes = {
+        "x": (rows, depth),
+        "weight": (width, depth),
+        "bias": width,
+        "scale": width,
+        "residual": (rows, width),
+    }
     made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     return made | {"weight": made["weight"] * depth**-0.5}
 

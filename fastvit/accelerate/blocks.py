@@ -1,20 +1,17 @@
 """What our blocks share: the fused ops, and the way back to the original forward."""
 
-from typing import ClassVar
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from ..layers.plain import Unfused, ran_its_own_forward
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
+from .registry import Replacement, outlives_restore
 
 
-class FusedBlock:
+class FusedBlock(Replacement):
     """Mixed into a library's block: the fused ops, or its own forward where something inside is not plain."""
-
-    original: ClassVar[type[nn.Module]]
 
     def gather(self, fold: bool, *args, **kwargs) -> tuple[AttentionHalf, MlpHalf, dict]:
         """Both halves, and the options of attention, of a call with these arguments.
@@ -24,6 +21,7 @@ class FusedBlock:
         """
         raise NotImplementedError
 
+    @outlives_restore
     def forward(self, x: Tensor, *args, **kwargs):
         if is_idle(self, x):
             return super().forward(x, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Libraries' embedding modules on the op `patch_embed`: patches, prefix tokens and positions in one."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from .. import ops
 from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, ran_its_own_forward, weight_and_bias
 from ..layers.settings import Settings
+from .registry import Replacement, outlives_restore
 
 
 class Patches(NamedTuple):
@@ -59,10 +60,8 @@ def patches(parent: nn.Module, name: str, images: Tensor, cast: bool = False) ->
     return Patches(images.to(weight.dtype), weight, bias)
 
 
-class FusedEmbedding:
+class FusedEmbedding(Replacement):
     """Mixed into a library's embedding: the fused op, or its own forward where something is not plain."""
-
-    original: ClassVar[type[nn.Module]]
 
     def gather(self, pixel_values: Tensor, *args, **kwargs) -> tuple:
         """`patch_embed`'s arguments, of a call with these.
@@ -72,6 +71,7 @@ class FusedEmbedding:
         """
         raise NotImplementedError
 
+    @outlives_restore
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
         try:
             arguments = self.gather(pixel_values, *args, **kwargs)

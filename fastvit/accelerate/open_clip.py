@@ -15,7 +15,7 @@ from ..layers.settings import Settings
 from .blocks import FusedBlock
 from .embeddings import patches
 from .multihead import attention_half, mask_of_heads
-from .registry import LEFT_ALONE, classes, replaces
+from .registry import LEFT_ALONE, Replacement, classes, outlives_restore, replaces
 
 NORMS[known(transformer.LayerNorm)] = "layer_norm"
 NORMS[known(transformer.LayerNormFp32)] = "layer_norm"
@@ -28,6 +28,7 @@ for _layer in classes(transformer, "CustomResidualAttentionBlock"):
 
 @replaces(transformer.ResidualAttentionBlock)
 class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
+    @outlives_restore
     def forward(self, q_x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward(q_x, *args, **kwargs)
 
@@ -62,7 +63,8 @@ def _mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
 
 
 @replaces(transformer.VisionTransformer)
-class VisionTransformer(transformer.VisionTransformer):
+class VisionTransformer(Replacement, transformer.VisionTransformer):
+    @outlives_restore
     def _embeds(self, x: Tensor) -> Tensor:
         with recording.inside("conv1"):
             try:

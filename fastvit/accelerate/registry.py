@@ -4,11 +4,13 @@ Ours are subclasses of the same name in modules of their own, so that a model th
 copies and prints as before, and ``isinstance`` holds.
 """
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import ClassVar
 
 from torch import nn
 
@@ -43,6 +45,29 @@ LEFT_ALONE: dict[type[nn.Module], str] = {}
 _tried: set[str] = set()
 
 
+class Replacement:
+    """Mixed into each class of ours."""
+
+    original: ClassVar[type[nn.Module]]  # the library's, whose place it takes
+
+
+def outlives_restore(method: FunctionType) -> FunctionType:
+    """Decorator of a method that a class of ours overrides: on what is no longer ours, the library's runs.
+
+    Wrappers hold bound methods and call them after ``restore`` too: Accelerate's hooks, patched forwards.
+    """
+
+    @functools.wraps(method)
+    def outliving(self: nn.Module, *args, **kwargs):
+        if isinstance(self, Replacement):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
+
+    # torch.compile keeps what it compiled by code objects, a few for each: they are not to share one.
+    outliving.__code__ = outliving.__code__.replace(co_name=method.__name__)
+    return outliving
+
+
 def replaces(
     original: type[nn.Module], table: dict[type[nn.Module], type[nn.Module]] = REPLACEMENTS
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -73,6 +98,31 @@ def classes(module: ModuleType, *names: str) -> list[type[nn.Module]]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether the module is one of ours now."""
-    original = getattr(type(module), "original", None)
-    return original is not None and type(module) in (REPLACEMENTS.get(original), PARTS.get(original))
+    """Whether the module's class is one of ours now, or was made from one of ours, as FSDP makes them."""
+    return isinstance(module, Replacement)
+
+
+def original_of(layer: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that a class of ours replaces.
+
+    FSDP and torch's parametrizations give a module a subclass of its class, made for it: of such a class,
+    what they would have made of the library's.
+
+    Raises:
+        ValueError: for a subclass of ours that somebody has written.
+    """
+    if not issubclass(layer, Replacement):
+        return layer
+    if "original" in vars(layer):
+        return layer.original
+    written = getattr(sys.modules.get(layer.__module__), layer.__name__, None)
+    if written is layer or "<locals>" in layer.__qualname__:
+        raise ValueError(
+            f"restore has changed nothing: {layer.__module__}.{layer.__qualname__} is written as a subclass "
+            "of fastvit's; put modules of the library's own classes in the place of its modules first"
+        )
+    made = type(layer)(layer.__name__, tuple(map(original_of, layer.__bases__)), {})
+    # What is there already is the library's: transformers wraps the forward of every subclass.
+    for name in vars(layer).keys() - vars(made).keys() | {"__module__"}:
+        setattr(made, name, vars(layer)[name])
+    return made

@@ -3,18 +3,19 @@
 import sys
 import warnings
 from collections.abc import Collection, Iterator
+from types import MethodType
 
 import torch
 from torch import nn
 
 from ..backends import TABLE
+from ..derived import refresh
 from ..layers.block import Block
-from ..layers.plain import is_patched
 from ..layers.settings import ATTRIBUTE, Settings
 from ..vit import VisionTransformer
 from .candidates import why_left_alone
 from .idle import forget
-from .registry import PARTS, REPLACEMENTS, is_replaced, load_families
+from .registry import PARTS, REPLACEMENTS, is_replaced, load_families, original_of
 
 MODES = ("train", "inference")
 
@@ -80,22 +81,31 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every class is its library's own again. Weights were never changed."""
+    """Undo ``accelerate``: every class is its library's own again. Weights were never changed.
+
+    Hooks, wrappers, parametrizations and shards that came later stay; copies of weights go.
+
+    Raises:
+        ValueError: for a module whose class somebody has written as a subclass of ours. Nothing is changed.
+    """
+    originals = {layer: original_of(layer) for layer in {type(m) for m in model.modules() if is_replaced(m)}}
     for module in model.modules():
-        if is_replaced(module):
-            _exchange(module, type(module).original)
+        if type(module) in originals:
+            _exchange(module, originals[type(module)])
         module.__dict__.pop(ATTRIBUTE, None)
         forget(module)
+    refresh(model)
     return model
 
 
 def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
     for module in model.modules():
-        if not is_replaced(module) and type(module) in REPLACEMENTS:
+        if type(module) in REPLACEMENTS:
             _exchange(module, REPLACEMENTS[type(module)])
         if is_replaced(module):
             for child in module.children():
-                child.__class__ = PARTS.get(type(child), type(child))
+                if type(child) in PARTS:
+                    _exchange(child, PARTS[type(child)])
         if is_replaced(module) or isinstance(module, (Block, VisionTransformer)):
             old = Settings.of(module)
             forget(module)
@@ -104,8 +114,16 @@ def _accelerated(model: nn.Module, settings: Settings) -> Iterator[nn.Module]:
 
 
 def _exchange(module: nn.Module, layer: type[nn.Module]) -> None:
-    if "forward" in module.__dict__ and not is_patched(module):
-        del module.__dict__["forward"]  # its class's, which would stay the old one's
+    """Give the module this class; methods of the old one that it holds itself become the new one's.
+
+    Accelerate's hooks keep there the forward that they call, and transformers 4 leaves forwards.
+    """
+    old, own = type(module), module.__dict__
+    for name, held in list(own.items()):
+        if isinstance(held, MethodType) and held.__self__ is module:
+            method = getattr(held, "__name__", "")
+            if held.__func__ is getattr(old, method, None):
+                own[name] = MethodType(getattr(layer, method), module)
     module.__class__ = layer
 
 

@@ -24,7 +24,7 @@ from ..layers.plain import (
 )
 from ..layers.settings import Settings
 from .idle import became_idle, is_idle
-from .registry import PARTS, replaces
+from .registry import PARTS, Replacement, outlives_restore, replaces
 
 
 class Embedded(NamedTuple):
@@ -37,7 +37,8 @@ class Embedded(NamedTuple):
 
 @known
 @replaces(layers.PatchEmbed, PARTS)
-class PatchEmbed(layers.PatchEmbed):
+class PatchEmbed(Replacement, layers.PatchEmbed):
+    @outlives_restore
     def forward(self, x: Tensor | Embedded) -> Tensor | Embedded:
         return x if isinstance(x, Embedded) else super().forward(x)
 
@@ -52,7 +53,7 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
             arguments, grid = gather(model, images, settings)
         except Unfused as reason:
             ran_its_own_forward(reason)
-            return settings.normalized(images, next(model.patch_embed.parameters()).dtype)
+            return settings.normalized(images, model.patch_embed)
         tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
     if settings.mean is None and became_idle(model, images, backends.served() > served):
         return images

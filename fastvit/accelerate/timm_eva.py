@@ -14,7 +14,7 @@ from ..layers.regularization import DROP_PATHS
 from . import timm_layers
 from .blocks import FusedBlock
 from .joined import joined_projections
-from .registry import LEFT_ALONE, classes, replaces
+from .registry import LEFT_ALONE, Replacement, classes, outlives_restore, replaces
 from .timm_embedding import Embedded, embedded
 
 timm_layers.enter()
@@ -67,12 +67,14 @@ def _rotary(attn: nn.Module, rope: Tensor | None) -> dict:
 
 
 @replaces(eva.Eva)
-class Eva(eva.Eva):
+class Eva(Replacement, eva.Eva):
     normalizes = True
 
+    @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward_features(self._embedded(x), *args, **kwargs)
 
+    @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
         return super().forward_intermediates(self._embedded(x), *args, **kwargs)
 
@@ -80,6 +82,7 @@ class Eva(eva.Eva):
         # In training it drops patches together with their rotary positions.
         return x if self.patch_drop is not None and self.training else embedded(self, x)
 
+    @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Embedded):
             return super()._pos_embed(x)

@@ -9,7 +9,7 @@ from ..layers.block import attention_half, mlp_half
 from ..layers.halves import AttentionHalf, MlpHalf
 from . import timm_layers
 from .blocks import FusedBlock
-from .registry import LEFT_ALONE, classes, replaces
+from .registry import LEFT_ALONE, Replacement, classes, outlives_restore, replaces
 from .timm_embedding import Embedded, embedded
 
 timm_layers.enter()
@@ -37,15 +37,18 @@ class Block(FusedBlock, vision_transformer.Block):
 
 
 @replaces(vision_transformer.VisionTransformer)
-class VisionTransformer(vision_transformer.VisionTransformer):
+class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
     normalizes = True
 
+    @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward_features(embedded(self, x), *args, **kwargs)
 
+    @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
         return super().forward_intermediates(embedded(self, x), *args, **kwargs)
 
+    @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> Tensor:
         if not isinstance(x, Embedded):
             return super()._pos_embed(x)

@@ -13,7 +13,7 @@ from ..layers.settings import Settings
 from .blocks import FusedBlock
 from .embeddings import patches
 from .multihead import attention_half
-from .registry import replaces
+from .registry import Replacement, outlives_restore, replaces
 
 MLPS = (known(vision_transformer.MLPBlock),)
 ENCODERS = (known(vision_transformer.Encoder),)
@@ -21,6 +21,7 @@ ENCODERS = (known(vision_transformer.Encoder),)
 
 @replaces(vision_transformer.EncoderBlock)
 class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
+    @outlives_restore
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
@@ -42,7 +43,8 @@ def _mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
 
 
 @replaces(vision_transformer.VisionTransformer)
-class VisionTransformer(vision_transformer.VisionTransformer):
+class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
+    @outlives_restore
     def forward(self, x: Tensor) -> Tensor:
         tokens = self._tokens(x)
         if tokens is None:

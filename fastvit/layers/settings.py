@@ -40,15 +40,22 @@ class Settings(NamedTuple):
             return nullcontext()
         return use_backend(**dict.fromkeys(self.reference_ops, "reference"))
 
-    def normalized(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images as a forward takes them that does not normalise."""
+    def normalized(self, images: Tensor, embed: nn.Module) -> Tensor:
+        """Images as this embedding takes them, whose forward does not normalise."""
         if self.mean is None:
             return images
-        unit = to_unit_range(images, dtype) if images.dtype == torch.uint8 else images
+        unit = to_unit_range(images, _dtype(embed)) if images.dtype == torch.uint8 else images
         return (unit - _column(self.mean, unit)) / _column(self.std, unit)
 
 
 _DEFAULT = Settings()
+
+
+def _dtype(embed: nn.Module) -> torch.dtype:
+    """That of its first weight: not by ``parameters()``, of which nn.DataParallel and FSDP leave none."""
+    weights = (getattr(module, "weight", None) for module in embed.modules())
+    dtypes = (w.dtype for w in weights if isinstance(w, Tensor) and w.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ...layers.plain import LINEARS, Unfused, idle_child, plain_child, weight_an
 from ...layers.regularization import DROP_PATHS, layer_scale
 from ..blocks import FusedBlock
 from ..joined import joined_projections
+from ..registry import outlives_restore
 from . import activations  # noqa: F401 (it enters them)
 from .attention import attention_forward
 from .sdpa import READ_BY_SDPA
@@ -61,6 +62,7 @@ class Layer(FusedBlock):
 
     parts: ClassVar[Parts]
 
+    @outlives_restore
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         return super().forward(hidden_states, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from ...layers.norm import NormArguments, norm_arguments
 from ...layers.plain import LINEARS, Unfused, idle_child, known, plain_child, weight_and_bias
 from ...layers.regularization import DROP_PATHS, layer_scale
 from ..joined import joined_projections
+from ..registry import outlives_restore
 from .layer import ATTENTIONS, CLIP, DINO, VIT, AttentionNames, Layer, between_projections, mask_options
 
 ATTENTION4 = AttentionNames(dropout="dropout_prob")
@@ -89,6 +90,7 @@ class ClipLayer4(Layer):
 
     parts = CLIP
 
+    @outlives_restore
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
         out = super().forward(hidden_states, *args, **kwargs)
         return (out,) if isinstance(out, Tensor) else out
