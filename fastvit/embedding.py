@@ -32,7 +32,7 @@ class Embedding:
             x = x if positions is None else self.pos_drop(x)
         else:
             recording.ran_its_own_forward("its patch embedding, or something in it, is not plain")
-            x = self._pos_embed(embed(settings.normalized(images, next(embed.parameters()).dtype)))
+            x = self._pos_embed(embed(settings.normalized(images, embed)))
         return self.norm_pre(self.patch_drop(x))
 
     def _pos_embed(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from .. import ops, recording
 from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, weight_and_bias
 from ..layers.settings import Settings
+from .registry import original_of
 
 
 class Patches(NamedTuple):
@@ -73,10 +74,13 @@ class FusedEmbedding:
         raise NotImplementedError
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
+        kind = type(self)  # as it is now: another thread may exchange it meanwhile
+        if not issubclass(kind, FusedEmbedding):
+            return kind.forward(self, pixel_values, *args, **kwargs)
         try:
-            arguments = self.gather(pixel_values, *args, **kwargs)
+            arguments = kind.gather(self, pixel_values, *args, **kwargs)
         except Unfused as reason:
             recording.ran_its_own_forward(reason)
-            return super().forward(pixel_values, *args, **kwargs)
+            return original_of(kind).forward(self, pixel_values, *args, **kwargs)
         with Settings.of(self).context():
             return ops.patch_embed(*arguments)

@@ -72,6 +72,11 @@ def classes(module: ModuleType, *names: str) -> list[type[nn.Module]]:
     return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
+def original_of(layer: type[nn.Module]) -> type[nn.Module]:
+    """The library's class that one of ours replaces; itself for any other class."""
+    return getattr(layer, "original", layer)
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether the module is one of ours now."""
     original = getattr(type(module), "original", None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import use_backend
+from ..backends import use_backend_here
 from ..ops.patch_embed import constant
 from ..reference.patch_embed import to_unit_range
 
@@ -38,12 +38,14 @@ class Settings(NamedTuple):
         """In which the ops run."""
         if not self.reference_ops:
             return nullcontext()
-        return use_backend(**dict.fromkeys(self.reference_ops, "reference"))
+        return use_backend_here(**dict.fromkeys(self.reference_ops, "reference"))
 
-    def normalized(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images as a forward takes them that does not normalise."""
+    def normalized(self, images: Tensor, embed: nn.Module) -> Tensor:
+        """Images as the forward of ``embed``, which does not normalise, takes them."""
         if self.mean is None:
             return images
+        # Not its first parameter: a replica of nn.DataParallel has none, and FSDP's are of another shape.
+        dtype = next(m.weight.dtype for m in embed.modules() if isinstance(m, nn.Conv2d))
         unit = to_unit_range(images, dtype) if images.dtype == torch.uint8 else images
         return (unit - _column(self.mean, unit)) / _column(self.std, unit)
 

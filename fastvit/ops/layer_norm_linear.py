@@ -4,6 +4,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backends
+from ..asking import is_asking
+from ..call_facts import compute_dtype
 from ..reference import layer_norm_linear as reference
 from . import checks
 from .overrides import overridden
@@ -54,6 +56,8 @@ def layer_norm_linear(
         from .layer_norm_linear_native import layer_norm_linear as native
 
         return native(*tensors, eps=eps, norm=norm, fold=fold)
+    if is_asking():
+        return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype(x))
     return reference(*tensors, eps=eps, norm=norm)
 
 
