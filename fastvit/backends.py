@@ -19,7 +19,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from . import native_backend, recording, triton_backend
+from . import frames, native_backend, recording, triton_backend
+from .asking import Served, is_asking
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -114,10 +115,6 @@ def _is_set(name: str) -> bool:
 _HINT = "; FASTVIT_UNMEASURED=1 uses it all the same"
 _disabled, _unmeasured = _is_set("FASTVIT_DISABLE"), _is_set("FASTVIT_UNMEASURED")
 
-# A plain list, innermost last: torch.compile traces through it, which a ContextVar would stop.
-_stack: list[dict[str, str]] = []
-# How many calls kernels have served.
-_served = [0]
 _said: set[tuple[str, str, str]] = set()
 
 
@@ -130,13 +127,17 @@ class use_backend:
     A backend named here never falls back: where it cannot run, the op raises ``BackendUnavailable``
     with the reason. Ops that have no backend of that name resolve as "auto", and so do calls of attention
     that "cpp" does not serve unless it is named for attention itself: it is for inference in float32. The
-    setting holds for the whole process, not for one thread.
+    setting holds for the whole process, not for one thread; and for what a checkpoint computes again in
+    backward, if it held there in the forward.
 
     Raises:
         ValueError: for an unknown op or backend.
     """
 
+    everywhere = True
+
     def __init__(self, name: str | None = None, **per_op: str) -> None:
+        self._entered: list[frames.Frame] = []
         self.requested = {op: _check(backend, op) for op, backend in per_op.items()}
         if name is not None:
             self.requested["*"] = _check(name)
@@ -153,13 +154,20 @@ class use_backend:
         return inside
 
     def __enter__(self) -> Self:
-        _stack.append(self.requested)
+        frame = frames.Frame(self.requested, self.everywhere)
+        self._entered.append(frame)
+        frames.stack.append(frame)
         return self
 
     def __exit__(self, *exc_info) -> None:
         # Not simply the last: another thread may have entered since.
-        last = max(i for i, frame in enumerate(_stack) if frame is self.requested)
-        del _stack[last]
+        frames.stack.remove(self._entered.pop())
+
+
+class use_backend_here(use_backend):
+    """The same for calls of this thread alone: what one model was told is not for another's."""
+
+    everywhere = False
 
 
 def requested(op: str) -> str:
@@ -169,14 +177,15 @@ def requested(op: str) -> str:
 
 def _asked(op: str) -> tuple[str, bool]:
     """That, and whether the op itself was named beside it."""
-    if not _stack and not _environment:
+    held = frames.holding()
+    if not held and not _environment:
         return "auto", False
     if isinstance(_environment, ValueError):
         raise _environment
-    for frame in (*reversed(_stack), _environment):
-        name = frame.get(op) or frame.get("*")
+    for asked in (*(frame.requested for frame in reversed(held)), _environment):
+        name = asked.get(op) or asked.get("*")
         if name is not None:
-            return (name, op in frame) if name in [row.name for row in TABLE[op]] else ("auto", False)
+            return (name, op in asked) if name in [row.name for row in TABLE[op]] else ("auto", False)
     return "auto", False
 
 
@@ -186,17 +195,9 @@ def kernels_for(device: str) -> dict[str, str]:
     return {op: row.name for op, row in made_for if not row.partial}
 
 
-def served() -> int:
-    """How many calls have been resolved to a kernel so far, in this process.
-
-    A compiler would take the count for a condition, and compile again after each call of another model.
-    """
-    return 0 if torch.compiler.is_compiling() else _served[0]
-
-
 def is_automatic() -> bool:
     """Whether a call is resolved by the tables alone, and nobody watches: the same call is then as before."""
-    return not (_stack or _environment or _unmeasured or recording.active)
+    return not (frames.stack or _environment or _unmeasured or recording.active)
 
 
 def resolve(op: str, *args, **kwargs) -> str:
@@ -209,9 +210,7 @@ def resolve(op: str, *args, **kwargs) -> str:
     if _disabled:
         if name not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
-        if recording.active:
-            _record(op, "reference", *args, **kwargs)
-        return "reference"
+        return _chosen(op, _REFERENCE, *args, **kwargs)
     for row in TABLE[op]:
         if name not in ("auto", row.name):
             continue
@@ -219,17 +218,22 @@ def resolve(op: str, *args, **kwargs) -> str:
         if reason is None and name == "auto":
             reason = _not_worth(row, _HINT, *args, **kwargs)
         if reason is None:
-            if recording.active:
-                _record(op, row.name, *args, **kwargs)
-            if row is not _REFERENCE and not torch.compiler.is_compiling():
-                _served[0] += 1
-            return row.name
+            return _chosen(op, row, *args, **kwargs)
         if row.partial and not itself:
             name = "auto"
         if name != "auto":
             raise BackendUnavailable(f"{op}: backend {name!r} cannot run: {reason}")
         _say_once(op, row.name, reason)
     raise AssertionError(f"{op}: its table has no row that always runs")
+
+
+def _chosen(op: str, row: Backend, *args, **kwargs) -> str:
+    if is_asking():
+        if row is not _REFERENCE:
+            raise Served
+    elif recording.active:
+        _record(op, row.name, *args, **kwargs)
+    return row.name
 
 
 def _record(op: str, chosen: str, *args, **kwargs) -> None:

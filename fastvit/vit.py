@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adjust import Adjustable, Size
+from .call_facts import transformed
 from .embedding import Embedding
 from .intermediates import Intermediates
 from .layers.activation import get_act_layer
@@ -254,7 +255,8 @@ class VisionTransformer(Embedding, Intermediates, Adjustable, nn.Module):
     def _run(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is not None or is_causal:
             return block(x, attn_mask=attn_mask, is_causal=is_causal)
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        # torch.func has no checkpoints.
+        if self.grad_checkpointing and torch.is_grad_enabled() and not transformed():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 

@@ -1,13 +1,14 @@
 """Which backend an op runs on: the table, `use_backend`, and what is said about it."""
 
 import logging
+import sys
 import threading
 
 import op_cases
 import pytest
 import torch
 
-from fastvit import BackendUnavailable, backends, ops, use_backend
+from fastvit import BackendUnavailable, backends, frames, ops, use_backend
 from fastvit.backends import TABLE, Backend, describe, resolve
 from fastvit.regimes import OPS
 
@@ -120,10 +121,10 @@ def test_auto_named_inside_undoes_a_name_outside(table):
 
 
 def test_restored_after_an_exception():
-    before = list(backends._stack)
+    before = list(frames.stack)
     with pytest.raises(KeyError), use_backend("reference"), use_backend(attention="reference"):
         raise KeyError
-    assert backends._stack == before
+    assert frames.stack == before
 
 
 def test_as_a_decorator(table):
@@ -134,6 +135,58 @@ def test_as_a_decorator(table):
     assert inside() == ["reference", "reference"]
     assert inside() == ["reference", "reference"]
     assert resolve("attention") == "cuda"
+
+
+def test_one_object_is_entered_within_itself(table):
+    outer, inner = use_backend("reference"), use_backend(attention="cuda")
+    with outer, inner:
+        with outer:
+            assert resolve("attention") == "reference"
+        assert resolve("attention") == "cuda"
+    assert resolve("attention") == "cuda"
+    assert frames.stack == []
+
+
+def test_threads_enter_and_leave_without_harm():
+    """Of six that do nothing else, each sees what it entered innermost, or another's; and nothing stays."""
+    shared, failures = use_backend("reference"), []
+
+    def work():
+        try:
+            for _ in range(300):
+                with use_backend("cpp"), shared, use_backend(attention="reference"):
+                    assert backends.requested("attention") in ("reference", "cpp")
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert frames.stack == []
+
+
+def test_what_a_model_is_told_holds_for_its_own_thread_alone(table):
+    entered, seen = threading.Event(), []
+
+    def other():
+        entered.wait(5)
+        seen.append(backends.requested("attention"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with backends.use_backend_here("reference"):
+        entered.set()
+        thread.join()
+        assert backends.requested("attention") == "reference"
+    assert seen == ["auto"]
 
 
 def test_holds_for_other_threads():
@@ -226,7 +279,7 @@ def test_compiles_whole_under_use_backend(place):
     x = torch.randn(2, 5, 48)
     with use_backend("reference"):
         torch.testing.assert_close(compiled(x), function(x))
-    assert backends._stack == []
+    assert frames.stack == []
 
 
 def test_a_compiled_function_follows_a_change_of_backend(monkeypatch):

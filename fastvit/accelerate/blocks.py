@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from .. import backends
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from ..layers.plain import Unfused, ran_its_own_forward
+from ..layers.regularization import drops
 from ..layers.settings import Settings
-from .idle import became_idle, is_idle
-from .registry import Replacement, outlives_restore
+from .idle import ask, is_served
+from .registry import Replacement, library_class
 
 
 class FusedBlock(Replacement):
@@ -21,21 +21,21 @@ class FusedBlock(Replacement):
         """
         raise NotImplementedError
 
-    @outlives_restore
     def forward(self, x: Tensor, *args, **kwargs):
-        if is_idle(self, x):
-            return super().forward(x, *args, **kwargs)
-        settings = Settings.of(self)
-        served = backends.served()
-        try:
-            if isinstance(x, Tensor) and x.ndim != 3:
-                raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
-            attention, mlp, options = self.gather(settings.fold, *args, **kwargs)
-        except Unfused as reason:
-            ran_its_own_forward(reason)
-            return super().forward(x, *args, **kwargs)
-        with settings.context():
-            out = run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
-        if became_idle(self, x, backends.served() > served):
-            return super().forward(x, *args, **kwargs)
-        return out
+        kind = type(self)  # as it is now: restored, and another thread may exchange it meanwhile
+        served = is_served(self, x)
+        if served is not False and issubclass(kind, FusedBlock):
+            settings = Settings.of(self)
+            try:
+                if isinstance(x, Tensor) and x.ndim != 3:
+                    raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
+                attention, mlp, options = kind.gather(self, settings.fold, *args, **kwargs)
+            except Unfused as reason:
+                ran_its_own_forward(reason)
+            else:
+                if drops(attention.branch.drop_path) or drops(mlp.branch.drop_path):
+                    served = True  # it draws numbers, which is no question
+                with settings.context():
+                    if served or ask(self, x, lambda: mlp(attention(x, **options))):
+                        return run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
+        return library_class(kind).forward(self, x, *args, **kwargs)

@@ -8,7 +8,7 @@ from .. import ops
 from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, ran_its_own_forward, weight_and_bias
 from ..layers.settings import Settings
-from .registry import Replacement, outlives_restore
+from .registry import Replacement, library_class
 
 
 class Patches(NamedTuple):
@@ -71,12 +71,14 @@ class FusedEmbedding(Replacement):
         """
         raise NotImplementedError
 
-    @outlives_restore
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
+        kind = type(self)  # as it is now: restored, and another thread may exchange it meanwhile
+        if not issubclass(kind, FusedEmbedding):
+            return kind.forward(self, pixel_values, *args, **kwargs)
         try:
-            arguments = self.gather(pixel_values, *args, **kwargs)
+            arguments = kind.gather(self, pixel_values, *args, **kwargs)
         except Unfused as reason:
             ran_its_own_forward(reason)
-            return super().forward(pixel_values, *args, **kwargs)
+            return library_class(kind).forward(self, pixel_values, *args, **kwargs)
         with Settings.of(self).context():
             return ops.patch_embed(*arguments)

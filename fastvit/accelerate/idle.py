@@ -1,46 +1,46 @@
-"""Calls of a block in which no kernel served: the next one like it runs the original forward at once.
+"""Calls that no kernel serves run the original forward at once: which they are is asked once a kind of call.
 
-Asking a dozen modules and four tables takes longer than what a small block can gain. An answer that is out of
-date costs no more than the speed of a kernel, as the original forward is always right: so little is asked.
+Asking a dozen modules and four tables takes longer than what a small block can gain. It computes nothing and
+calls no module. An answer that is out of date costs no more than the speed of a kernel, as the original
+forward is always right, and so are the ops: so little is asked.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends, measurements
+from ..asking import would_serve
+from ..call_facts import compute_dtype, transformed
 
 ATTRIBUTE = "_fastvit_idle"
+MOST = 64  # kinds of call that a module remembers
 
 
-def is_idle(module: nn.Module, x: Tensor) -> bool:
-    """Whether no kernel served the last call of this kind."""
-    if not _is_quiet(module):
-        return False
-    known = module.__dict__.get(ATTRIBUTE)
-    return known is not None and type(x) is Tensor and known == _kind(x) and backends.is_automatic()
+def is_served(module: nn.Module, x: Tensor) -> bool | None:
+    """Whether the ops are to run for this call, or the original forward; None where that must be asked."""
+    # Nothing is drawn, traced or recorded: a checkpoint computes again what it computed first.
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return True
+    if type(x) is not Tensor or not backends.is_automatic():
+        return True
+    return module.__dict__.get(ATTRIBUTE, {}).get(_kind(x))
 
 
-def became_idle(module: nn.Module, x: Tensor, served: bool) -> bool:
-    """Keep whether a kernel served a call.
-
-    If none did, the call's result is to be the original forward's, as the next one's will be: the same bits.
-    """
-    if not (_is_quiet(module) and type(x) is Tensor and backends.is_automatic()):
-        return False  # and what was seen of other calls stands
-    if served:
-        forget(module)
-    else:
-        module.__dict__[ATTRIBUTE] = _kind(x)
-    return not served
-
-
-def _is_quiet(module: nn.Module) -> bool:
-    """Whether nothing is drawn, traced or recorded: a checkpoint computes again what it computed first."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+def ask(module: nn.Module, x: Tensor, calls: Callable[[], Any]) -> bool:
+    """Whether a kernel would serve one of the ops that ``calls`` calls, remembered for calls of this kind."""
+    served = would_serve(calls)
+    known = module.__dict__.get(ATTRIBUTE, {})
+    current = [item for item in list(known.items()) if item[0][-1] == measurements.generation]
+    # Another dictionary, and not a change of this one: other threads may read it.
+    module.__dict__[ATTRIBUTE] = {**dict(current[1 - MOST :]), _kind(x): served}
+    return served
 
 
 def _kind(x: Tensor) -> tuple:
-    return (x.shape, x.dtype, x.is_cuda, measurements.generation)
+    return (x.shape, x.dtype, compute_dtype(x), x.is_cuda, measurements.generation)
 
 
 def forget(module: nn.Module) -> None:

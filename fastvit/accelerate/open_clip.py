@@ -30,7 +30,7 @@ for _layer in classes(transformer, "CustomResidualAttentionBlock"):
 class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
     @outlives_restore
     def forward(self, q_x: Tensor, *args, **kwargs) -> Tensor:
-        return super().forward(q_x, *args, **kwargs)
+        return FusedBlock.forward(self, q_x, *args, **kwargs)
 
     def gather(
         self,
@@ -68,10 +68,10 @@ class VisionTransformer(Replacement, transformer.VisionTransformer):
     def _embeds(self, x: Tensor) -> Tensor:
         with recording.inside("conv1"):
             try:
-                arguments = self._embedding_arguments(x)
+                arguments = VisionTransformer._embedding_arguments(self, x)
             except Unfused as reason:
                 ran_its_own_forward(reason)
-                return super()._embeds(x)
+                return transformer.VisionTransformer._embeds(self, x)
             with Settings.of(self).context():
                 tokens = ops.patch_embed(*arguments)
         return self.ln_pre(self.patch_dropout(tokens))

@@ -102,6 +102,11 @@ def is_replaced(module: nn.Module) -> bool:
     return isinstance(module, Replacement)
 
 
+def library_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """The library's class for which one of ours, or one made from ours, stands; any other itself."""
+    return getattr(layer, "original", layer)
+
+
 def original_of(layer: type[nn.Module]) -> type[nn.Module]:
     """The library's class that a class of ours replaces.
 

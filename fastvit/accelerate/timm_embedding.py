@@ -4,13 +4,15 @@ timm calls ``patch_embed``, then ``_pos_embed``, in several methods. So that all
 are written, the finished tokens travel through both calls in an `Embedded`, which no one else ever sees.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from timm import layers
 from torch import Tensor, nn
 
-from .. import backends, ops, recording
+from .. import ops, recording
+from ..asking import is_asking
 from ..call_facts import compute_dtype
 from ..layers.patch_embed import cuts_patches, joined_tokens
 from ..layers.plain import (
@@ -23,7 +25,7 @@ from ..layers.plain import (
     weight_and_bias,
 )
 from ..layers.settings import Settings
-from .idle import became_idle, is_idle
+from .idle import ask, is_served
 from .registry import PARTS, Replacement, outlives_restore, replaces
 
 
@@ -40,24 +42,30 @@ class Embedded(NamedTuple):
 class PatchEmbed(Replacement, layers.PatchEmbed):
     @outlives_restore
     def forward(self, x: Tensor | Embedded) -> Tensor | Embedded:
-        return x if isinstance(x, Embedded) else super().forward(x)
+        return x if isinstance(x, Embedded) else layers.PatchEmbed.forward(self, x)
 
 
 def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
     """The images as they are to go through the model: embedded already, or as they are."""
-    if is_idle(model, images):
+    kind, settings = type(model), Settings.of(model)
+    served = is_served(model, images) if settings.mean is None else True
+    if served is False:
         return images
-    settings, served = Settings.of(model), backends.served()
     with recording.inside("patch_embed"), settings.context():
         try:
-            arguments, grid = gather(model, images, settings)
+            if served is None and not ask(model, images, partial(_tokens, model, images, settings)):
+                return images
+            tokens, grid = _tokens(model, images, settings)
         except Unfused as reason:
             ran_its_own_forward(reason)
             return settings.normalized(images, model.patch_embed)
-        tokens = ops.patch_embed(*arguments, mean=settings.mean, std=settings.std)
-    if settings.mean is None and became_idle(model, images, backends.served() > served):
-        return images
-    return Embedded(tokens, images.shape, grid)
+    # If another thread has restored the model meanwhile, its own code is to go on: it knows images alone.
+    return Embedded(tokens, images.shape, grid) if type(model) is kind else images
+
+
+def _tokens(model: nn.Module, images: Tensor, settings: Settings) -> tuple[Tensor, tuple[int, int]]:
+    arguments, grid = gather(model, images, settings)
+    return ops.patch_embed(*arguments, mean=settings.mean, std=settings.std), grid
 
 
 def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple, tuple[int, int]]:
@@ -102,6 +110,8 @@ def _positions(model: nn.Module, grid: tuple[int, int]) -> Tensor | None:
         if model.pos_embed.shape[1] != num_prefix + grid[0] * grid[1]:
             raise Unfused("its positions are not those of its grid")
         return model.pos_embed
+    if is_asking():
+        return model.pos_embed.new_empty((1, num_prefix + grid[0] * grid[1], model.pos_embed.shape[2]))
     return layers.resample_abs_pos_embed(
         model.pos_embed, new_size=grid, old_size=model.patch_embed.grid_size, num_prefix_tokens=num_prefix
     )

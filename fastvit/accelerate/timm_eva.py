@@ -72,11 +72,11 @@ class Eva(Replacement, eva.Eva):
 
     @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return super().forward_features(self._embedded(x), *args, **kwargs)
+        return eva.Eva.forward_features(self, Eva._embedded(self, x), *args, **kwargs)
 
     @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        return super().forward_intermediates(self._embedded(x), *args, **kwargs)
+        return eva.Eva.forward_intermediates(self, Eva._embedded(self, x), *args, **kwargs)
 
     def _embedded(self, x: Tensor) -> Tensor | Embedded:
         # In training it drops patches together with their rotary positions.
@@ -85,7 +85,7 @@ class Eva(Replacement, eva.Eva):
     @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Embedded):
-            return super()._pos_embed(x)
+            return eva.Eva._pos_embed(self, x)
         rope = None
         if self.rope is not None:
             known_grid = not self.dynamic_img_size and hasattr(self.rope, "feat_shape")

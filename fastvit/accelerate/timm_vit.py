@@ -42,14 +42,15 @@ class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
 
     @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return super().forward_features(embedded(self, x), *args, **kwargs)
+        return vision_transformer.VisionTransformer.forward_features(self, embedded(self, x), *args, **kwargs)
 
     @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        return super().forward_intermediates(embedded(self, x), *args, **kwargs)
+        original = vision_transformer.VisionTransformer.forward_intermediates
+        return original(self, embedded(self, x), *args, **kwargs)
 
     @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> Tensor:
         if not isinstance(x, Embedded):
-            return super()._pos_embed(x)
+            return vision_transformer.VisionTransformer._pos_embed(self, x)
         return x.tokens if self.pos_embed is None else self.pos_drop(x.tokens)

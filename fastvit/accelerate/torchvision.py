@@ -23,7 +23,7 @@ ENCODERS = (known(vision_transformer.Encoder),)
 class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
     @outlives_restore
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)
+        return FusedBlock.forward(self, input)
 
     def gather(self, fold: bool) -> tuple[AttentionHalf, MlpHalf, dict]:
         idle_child(self, "dropout")
@@ -46,9 +46,9 @@ def _mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:
 class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
     @outlives_restore
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self._tokens(x)
+        tokens = VisionTransformer._tokens(self, x)
         if tokens is None:
-            return super().forward(x)
+            return vision_transformer.VisionTransformer.forward(self, x)
         encoder = self.encoder
         return self.heads(encoder.ln(encoder.layers(encoder.dropout(tokens)))[:, 0])
 
@@ -56,7 +56,7 @@ class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
         """What enters the encoder's dropout; None where the original forward is to run."""
         with recording.inside("conv_proj"):
             try:
-                arguments = self._embedding_arguments(images)
+                arguments = VisionTransformer._embedding_arguments(self, images)
             except Unfused as reason:
                 ran_its_own_forward(reason)
                 return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
+from ..call_facts import transformed
 from .norm import NormArguments
 from .regularization import drops, sample_scale
 from .settings import Settings
@@ -85,7 +86,8 @@ def run_mlp(x: Tensor, half: Callable[[Tensor], Tensor], settings: Settings) -> 
     """The MLP half, likewise; with ``checkpoint="mlp"`` what it saves is computed again in backward."""
     if settings.subset and drops(half.branch.drop_path):
         half = partial(_on_subset, half=half, options={})
-    if settings.checkpoint == "mlp" and torch.is_grad_enabled():
+    # torch.func has no checkpoints.
+    if settings.checkpoint == "mlp" and torch.is_grad_enabled() and not transformed():
         return checkpoint(half, x, use_reentrant=False)
     return half(x)
 

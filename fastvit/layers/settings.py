@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import use_backend
+from ..backends import use_backend_here
 from ..ops.patch_embed import constant
 from ..reference.patch_embed import to_unit_range
 
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
         """In which the ops run."""
         if not self.reference_ops:
             return nullcontext()
-        return use_backend(**dict.fromkeys(self.reference_ops, "reference"))
+        return use_backend_here(**dict.fromkeys(self.reference_ops, "reference"))
 
     def normalized(self, images: Tensor, embed: nn.Module) -> Tensor:
         """Images as this embedding takes them, whose forward does not normalise."""

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backends
+from ..asking import is_asking
 from ..reference import layer_norm_mlp as reference
 from ..reference.activations import ACTIVATIONS, GATED
 from . import checks
@@ -82,6 +83,8 @@ def layer_norm_mlp(
         from .layer_norm_mlp_native import layer_norm_mlp as native
 
         return native(*required, **options, frozen=frozen)
+    if is_asking():
+        return x.new_empty(x.shape)
     return reference(*required, **options)
 
 

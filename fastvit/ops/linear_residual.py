@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backends
+from ..asking import is_asking
 from ..reference import linear_residual as reference
 from . import checks
 from .overrides import overridden
@@ -54,6 +55,8 @@ def linear_residual(
         from .linear_residual_native import linear_residual as native
 
         return native(*tensors[:4], **scales, frozen=frozen)
+    if is_asking():
+        return residual.new_empty(residual.shape)
     return reference(*tensors[:4], **scales)
 
 

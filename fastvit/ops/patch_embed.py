@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import backends
+from ..asking import is_asking
 from ..reference import patch_embed as reference
 from . import checks, patch_embed_triton
 from .overrides import overridden
@@ -50,6 +51,10 @@ def patch_embed(
     mean, std = (_per_channel(name, value, images, weight) for name, value in (("mean", mean), ("std", std)))
     if backends.resolve("patch_embed", *tensors, mean=mean, std=std) == "triton":
         return patch_embed_triton.patch_embed(*tensors, mean, std)
+    if is_asking():
+        num_prefix = 0 if prefix is None else prefix.shape[1]
+        count = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+        return weight.new_empty((images.shape[0], num_prefix + count, weight.shape[0]))
     return reference(*tensors, mean=mean, std=std)
 
 
