@@ -139,6 +139,9 @@ def providers(case: Half, device: torch.device) -> tuple[dict[str, Provider], di
         f"fastvit {backend}": differentiated(on_backend(case, backend)),
         "compiled": compiled(case.reference),
     }
+    if case.direction == "fwd":
+        kept = partial(on_backend(case, backend), frozen=True)
+        given[f"fastvit {backend}, frozen"] = differentiated(kept)
     if device.type == "cpu" and case.direction == "fwd":
         given["compiled, frozen"] = frozen
     others, absent = peers(case.op, device)

@@ -45,11 +45,14 @@ class Recorded(Case):
     named: str
     tensors: tuple[tuple[str, Kind], ...]
     options: tuple[tuple[str, Any], ...]
+    frozen: bool = False  # of the op alone: its reference keeps nothing
 
     @classmethod
     def of(cls, op: str, args: tuple, kwargs: dict[str, Any], direction: str, dtype: str) -> "Recorded":
         """From the arguments that its reference takes."""
-        given = inspect.signature(getattr(reference, op)).bind(*args, **kwargs).arguments
+        frozen = kwargs.get("frozen", False) and direction == "fwd"
+        kwargs = {name: value for name, value in kwargs.items() if name != "frozen"}
+        given = _apart(inspect.signature(getattr(reference, op)).bind(*args, **kwargs).arguments)
         tensors = {name: Kind.of(value) for name, value in given.items() if isinstance(value, Tensor)}
         options = {name: value for name, value in given.items() if name not in tensors}
         if op == "attention":  # on the packed projection that its views are of
@@ -59,7 +62,8 @@ class Recorded(Case):
             packed = Kind((batch, tokens, width), (tokens * width, width, 1), q.dtype, q.trained)
             tensors = {"qkv": packed, **tensors}
         batch = next(iter(tensors.values())).shape[0]
-        return cls(direction, dtype, batch, op, tuple(tensors.items()), tuple(sorted(options.items())))
+        named = tuple(tensors.items()), tuple(sorted(options.items()))
+        return cls(direction, dtype, batch, op, *named, frozen)
 
     @property
     def op(self) -> str:
@@ -93,7 +97,7 @@ class Recorded(Case):
         return given
 
     def reference(self, **inputs: Tensor) -> Tensor:
-        given = inputs | dict(self.options)
+        given = _together(inputs | dict(self.options))
         if self.op == "attention":
             heads = given.pop("num_heads")
             given |= zip("qkv", given.pop("qkv").unflatten(-1, (3, heads, -1)).unbind(2), strict=True)
@@ -102,9 +106,11 @@ class Recorded(Case):
     def on(self, backend: str) -> Callable[..., Tensor]:
         """The op on this backend, called as the reference is."""
 
+        frozen = {"frozen": True} if self.frozen else {}
+
         def forward(**inputs: Tensor) -> Tensor:
             with use_backend(**{self.op: backend}):
-                return getattr(ops, self.op)(**inputs, **dict(self.options))
+                return getattr(ops, self.op)(**_together(inputs | dict(self.options)), **frozen)
 
         return forward
 
@@ -126,6 +132,24 @@ class Recorded(Case):
         return named
 
 
+def _apart(given: dict[str, Any]) -> dict[str, Any]:
+    """With each of several weights, and of their biases, by a name of its own: "weight.0", "weight.1"."""
+    found = {}
+    for name, value in given.items():
+        several = isinstance(value, tuple) and name in ("weight", "bias")
+        found |= {f"{name}.{i}": one for i, one in enumerate(value)} if several else {name: value}
+    return found
+
+
+def _together(given: dict[str, Any]) -> dict[str, Any]:
+    """The other way round."""
+    found: dict[str, Any] = {}
+    for name, value in sorted(given.items()):
+        whole, part, _ = name.partition(".")
+        found[whole] = (*found.get(whole, ()), value) if part else value
+    return found
+
+
 def _drawn(name: str, kind: Kind, generator: torch.Generator, device: torch.device) -> Tensor:
     out = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=device)
     if kind.dtype == torch.bool:
@@ -135,6 +159,6 @@ def _drawn(name: str, kind: Kind, generator: torch.Generator, device: torch.devi
     values = torch.randn(kind.shape, generator=generator, device=device)
     if name in NEAR_ONE:
         values = 1 + 0.1 * values
-    elif name.endswith(("weight", "bias")):
+    elif name.partition(".")[0].endswith(("weight", "bias")):
         values *= values[0].numel() ** -0.5 if values.ndim > 1 else 0.1
     return out.copy_(values)

@@ -12,6 +12,7 @@ from . import measurements
 from .accelerate import accelerate
 from .accelerate.candidates import blocks_of
 from .accelerate.example import Inputs, as_call, example_input
+from .accelerate.registry import is_replaced
 
 NOTHING = "there is nothing to tune on a CPU: `auto` goes by the table that fastvit ships"
 
@@ -92,7 +93,8 @@ def tune(
     asks before the one that fastvit ships.
 
     Args:
-        model: a model that `accelerate` knows; it is accelerated if it was not.
+        model: a model that `accelerate` knows; it is accelerated if it was not. Of frozen weights
+            (``mode="inference"``) copies are measured, of others the weights where they lie.
         x: images [B, C, H, W] of the batch size that is to be fast, or a mapping of keyword arguments; by
             default one image of the model's own size.
         cpu: measure the C++ library too, if the model is on a CPU.
@@ -110,7 +112,9 @@ def tune(
     if device.type != "cuda" and not cpu:
         return Tuning((), message=NOTHING)
     args, kwargs = as_call(example_input(model) if x is None else x)
-    found = measuring.candidates(accelerate(model), args, kwargs, model.training)
+    if not any(map(is_replaced, model.modules())):
+        accelerate(model)
+    found = measuring.candidates(model, args, kwargs, model.training)
     if on_start is not None:
         on_start(len(found))
     before = [_verdict(candidate) for candidate in found]

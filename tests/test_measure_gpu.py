@@ -202,7 +202,7 @@ def test_folded_is_asked_as_the_op_asks_it(op, inner):
         )
         weight = torch.empty(one.sizes[inner], one.sizes["width"], device="cuda", dtype=torch.bfloat16)
         with measurements.listening() as questions:
-            native.folds(op, x, weight, torch.bfloat16)
+            native.folds(op, x, (weight,), torch.bfloat16)
     (question,) = questions
     assert (question.op, question.dtype, *question.directions, question.options) == one.kind
     assert question.sizes == one.sizes

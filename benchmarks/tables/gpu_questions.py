@@ -92,10 +92,10 @@ def folded() -> Iterator[Asked]:
         bounds = {"width": width, "rows": batch * 197}
         mlp = bench_layer_norm_mlp.LayerNormMlp("fwd", dtype, batch, 197, width)
         qkv = bench_layer_norm_linear.LayerNormLinear("fwd", dtype, batch, 197, width)
-        for case, inner, options in (
-            (mlp, {"hidden": 4 * width}, {}),
-            (qkv, {"out": 3 * width}, {"fold": True}),
+        for case, inner in (
+            (mlp, {"hidden": 4 * width}),
+            (qkv, {"out": 3 * width}),
         ):
-            library = differentiated(partial(on_backend(case, "cuda"), **options))
+            library = differentiated(partial(on_backend(case, "cuda"), frozen=True))
             both = (bench_layer_norm_mlp.with_fc1(library, True, folded=on) for on in (False, True))
             yield Asked(Point(case.op, dtype, "fwd", "folded", bounds | inner, False, 0.0), case, *both)

@@ -2,9 +2,10 @@
 
     python -m fastvit_benchmarks.tables.measure_cpu kernels/measured/cpu.json
 
-Each op with and without what may stand beside it, in every dtype and direction, at widths and numbers of
-tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8; attention in float32, forward, at usual widths of a
-head. What is slower is left out of the table, and rows of other kinds of CPU stay in it.
+Each op with and without what may stand beside it, in every dtype and direction, forward also with frozen
+weights, at widths and numbers of tokens from a ViT-Ti's at batch 1 to a ViT-L's at batch 8; attention in
+float32, forward, at usual widths of a head. What is slower is left out of the table, and rows of other kinds
+of CPU stay in it.
 """
 
 import json
@@ -93,7 +94,8 @@ class Variant(halves.Half):
 
     def ours(self) -> Callable[..., Tensor]:
         forward = halves.on_backend(self, "cpp")
-        return lambda **inputs: forward(**inputs, **self.options)
+        frozen = "frozen" in self.beside
+        return lambda **inputs: forward(**inputs, **self.options, frozen=frozen)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ def cases() -> Iterator[Variant | Heads]:
     for op, dtype in product(BESIDE, dtypes):
         for beside, direction, width, rows in product(BESIDE[op], ("fwd", "bwd"), WIDTHS, ROWS):
             yield Variant(direction, dtype, 1, rows, width, op, beside)
+            if direction == "fwd":
+                yield Variant(
+                    direction, dtype, 1, rows, width, op, "+".join(filter(None, ("frozen", beside)))
+                )
 
 
 class Measured(NamedTuple):

@@ -27,9 +27,9 @@ class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
 
     def gather(self, fold: bool) -> tuple[AttentionHalf, MlpHalf, dict]:
         idle_child(self, "dropout")
-        attention = attention_half(self, "self_attention", norm_arguments(self, "ln_1"), Branch())
+        attention = attention_half(self, "self_attention", norm_arguments(self, "ln_1"), Branch(fold=fold))
         mlp = plain_child(self, "mlp", MLPS)
-        return attention, MlpHalf(_mlp_arguments(mlp, norm_arguments(self, "ln_2")), Branch()), {}
+        return attention, MlpHalf(_mlp_arguments(mlp, norm_arguments(self, "ln_2")), Branch(fold=fold)), {}
 
 
 def _mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:

@@ -64,7 +64,7 @@ class Layer(FusedBlock):
 
     @outlives_restore
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        return super().forward(hidden_states, *args, **kwargs)
+        return FusedBlock.forward(self, hidden_states, *args, **kwargs)
 
     def gather(
         self,

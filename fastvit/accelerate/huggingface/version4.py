@@ -92,7 +92,7 @@ class ClipLayer4(Layer):
 
     @outlives_restore
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
-        out = super().forward(hidden_states, *args, **kwargs)
+        out = Layer.forward(self, hidden_states, *args, **kwargs)
         return (out,) if isinstance(out, Tensor) else out
 
     def gather(
