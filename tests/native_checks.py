@@ -14,10 +14,12 @@ from pathlib import Path
 
 import op_cases
 import torch
+import torch.nn.functional as F
 from native_calls import FIXED, THROUGH, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
 from fastvit import extension, native_backend, use_backend
+from fastvit.ops import native
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LINEAR, RESIDUAL, MLP = "layer_norm_linear", "linear_residual", "layer_norm_mlp"
@@ -55,6 +57,33 @@ def _attention(**options) -> None:
         within_contract("attention", call)
 
 
+def _near(found: torch.Tensor, truth: torch.Tensor) -> None:
+    assert (found.double() - truth).abs().max() < 3e-6 * truth.abs().max()
+
+
+def _product(rows: int, *widths: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    extension.load_ops("cpu")
+    generator = torch.Generator().manual_seed(rows)
+    of = partial(torch.randn, generator=generator)
+    return of(1, rows, 300), [of(width, 300) / 17 for width in widths], [of(width) for width in widths]
+
+
+def _several() -> None:
+    """Several weights, as they lie, give their outputs side by side."""
+    x, weights, biases = _product(250, 48, 40, 33)
+    out, _ = native.ops.layer_norm_linear_fwd(x, None, None, weights, biases, 1e-6, "layer_norm", [], False, False)
+    normalised = F.layer_norm(x.double(), (300,), eps=1e-6)
+    _near(out, F.linear(normalised, torch.cat(weights).double(), torch.cat(biases).double()))
+
+
+def _layer_scale() -> None:
+    """LayerScale as a vector in the product's epilogue."""
+    x, (weight,), (bias,) = _product(250, 40)
+    residual, scale = torch.randn(1, 250, 40), torch.randn(40)
+    out, _ = native.ops.linear_residual_fwd(x, weight, bias, residual, scale, None, False, False)
+    _near(out, residual + scale * F.linear(x.double(), weight.double(), bias.double()))
+
+
 _linear, _residual, _mlp = (partial(partial, _forward, op) for op in (LINEAR, RESIDUAL, MLP))
 _dlinear, _dresidual, _dmlp = (partial(partial, _backward, op) for op in (LINEAR, RESIDUAL, MLP))
 
@@ -69,6 +98,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "residual": _residual(layer_scale=False, sample_scale=False),
     "residual, scaled": _residual(),
     "dresidual": _dresidual(),
+    "several weights": _several,
+    "LayerScale": _layer_scale,
     "mlp": _mlp(layer_scale=False, sample_scale=False),
     "mlp, gelu_tanh": _mlp(activation="gelu_tanh"),
     "mlp, quick_gelu": _mlp(activation="quick_gelu"),

@@ -104,6 +104,15 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("bias dropped", _ADDED, _ADDED.replace("dense(bias)", "OptionalTensor()"), "residual"),
         ("tanh for erf", '"gelu", "none"', '"gelu", "tanh"', "mlp"),
         ("relu for silu", '"swish"', '"relu"', "mlp, silu"),
+        ("LayerScale forgotten", "{bias, layer_scale, residual, {}}", "{bias, {}, residual, {}}", "LayerScale"),
+        ("the second block of rows again", "share / parts * rows,", "rows,", "several weights"),
+        ("a weight without gaps", "in_panels ? 0 : matrix.stride(0)", "in_panels ? 0 : out.size(1)", "LayerScale"),
+        ("a slice without gaps", "out.stride(0), in_panels", "out.size(1), in_panels", "several weights"),
+    ],
+    "panels.cpp": [
+        ("bias of another panel", "p.bias[first + i]", "p.bias[i]", "several weights"),
+        ("LayerScale of another panel", "p.scale[first + i]", "p.scale[i]", "LayerScale"),
+        ("residual forgotten", "} else if (residual) {", "} else if (false) {", "LayerScale"),
     ],
     "attention_cpu.cpp": [
         ("mask of another image", "b * mask->stride(0)", "0 * mask->stride(0)", "attention, mask"),
@@ -158,6 +167,8 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "layer_norm_linear.cpp": [
         ("rows not normalised again", "needs_weight ? renorm_rows", "false ? renorm_rows", "dlinear"),
+        ("one weight's place for all", "at += own;", "", "several weights"),
+        ("one bias for all", "weights[i], biases[i]", "weights[i], biases[0]", "several weights"),
     ],
     "linear_residual.cpp": [
         ("product of another", "saved[0]) : std::nullopt", "x) : std::nullopt", "dresidual"),
