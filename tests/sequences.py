@@ -1,20 +1,17 @@
 """Random sequences of what people do with a model, each step done to an accelerated model and to its twin.
 
-A sequence follows from its number. Each step draws from a seed of its own, so that those that remain do the
-same where others are left out.
+A step says what it draws before it does it, and raises where the two differ.
 """
 
 import contextlib
 import copy
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
-from tiny_twins import FAMILIES, assert_close, assert_same_weights, images, output, pair
+from tiny_twins import assert_close, assert_same_weights, images, output, pair
 from torch import Tensor, nn
 from weight_writers import BROAD, NARROW, WRITERS
 from writing import delta, other_state
@@ -263,48 +260,3 @@ OFTEN: dict[int, tuple[Action, ...]] = {
     1: (restore, go_on_with_a_copy, trace, unhook, threads),
 }
 ACTIONS = [action for times, actions in OFTEN.items() for action in actions * times]
-
-
-class Sequence(NamedTuple):
-    family: str
-    mode: str
-    unmeasured: bool
-    steps: tuple[tuple[Action, int], ...]
-
-    @classmethod
-    def of(cls, number: int) -> "Sequence":
-        rng = random.Random(number)
-        steps = [(rng.choice(ACTIONS), rng.getrandbits(32)) for _ in range(rng.randint(6, 12))]
-        mode, unmeasured = rng.choice(("train", "inference")), rng.random() < 0.7
-        return cls(rng.choice([*FAMILIES, "own"]), mode, unmeasured, tuple(steps))
-
-    def play(self, both: Both) -> None:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self.unmeasured:  # but for Triton's interpreter
-                stack.enter_context(fastvit.use_backend(patch_embed="reference", attention="reference"))
-                stack.callback(setattr, backends, "_unmeasured", backends._unmeasured)
-                backends._unmeasured = True
-            stack.enter_context(both.frames)
-            both.compare()
-            for action, seed in self.steps:
-                both.done.append(action.__name__)
-                action(both, random.Random(seed))
-
-    def fault(self) -> tuple[Exception, list[str]] | None:
-        """What was raised, and what was done until then."""
-        both = Both(self.family, self.mode)
-        try:
-            self.play(both)
-        except Exception as error:
-            return error, both.done
-        return None
-
-    def shortened(self) -> "Sequence":
-        """One that fails too, with every step that it needs for that and no other."""
-        sequence, i = self, len(self.steps)
-        while i:
-            i = min(i, len(sequence.steps)) - 1
-            shorter = sequence._replace(steps=sequence.steps[:i] + sequence.steps[i + 1 :])
-            sequence = shorter if shorter.fault() else sequence
-        return sequence

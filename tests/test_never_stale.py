@@ -8,12 +8,11 @@ import timm
 import torch
 import transformers
 from native_calls import needs_library
-from tiny_twins import assert_close, assert_same_weights, images, moved, output, pair
+from tiny_twins import BACKENDS, assert_close, assert_same_weights, images, moved, output, pair, served_by
 from weight_writers import BROAD, NARROW, WRITERS
 from writing import matrices
 
 import fastvit
-from fastvit import backends, derived
 from fastvit.verification import randomize
 
 X = images()
@@ -25,21 +24,10 @@ def _one_thread(threads):
     threads(1)
 
 
-# "auto" is as FASTVIT_UNMEASURED has it, so that tiny models are served, and leaves Triton's interpreter out.
-BACKENDS = {
-    "reference": {"name": "reference"},
-    "cpp": {"name": "cpp"},
-    "auto": {"patch_embed": "reference", "attention": "reference"},
-}
-
-
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    derived.refresh()
-    monkeypatch.setattr(backends, "_unmeasured", request.param == "auto")
-    with fastvit.use_backend(**BACKENDS[request.param]):
+def backend(request):
+    with served_by(request.param):
         yield request.param
-    derived.refresh()
 
 
 def follows(ours, twin, writer, x=X):

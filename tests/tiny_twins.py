@@ -1,7 +1,8 @@
 """Vision transformers of every family, tiny, each beside an untouched twin of the same weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import open_clip
@@ -13,6 +14,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import fastvit
+from fastvit import backends, derived
 from fastvit.verification import randomize
 
 WIDTH = 48
@@ -76,6 +78,27 @@ def pair(family: str, mode: str = "train", **options) -> tuple[nn.Module, nn.Mod
     if family != "own, told nothing":
         fastvit.accelerate(ours, mode, **options)
     return ours, copy.deepcopy(twin)
+
+
+# "auto" is as FASTVIT_UNMEASURED has it, so that tiny models are served, and leaves Triton's interpreter out.
+BACKENDS = {
+    "reference": {"name": "reference"},
+    "cpp": {"name": "cpp"},
+    "auto": {"patch_embed": "reference", "attention": "reference"},
+}
+
+
+@contextmanager
+def served_by(name: str) -> Iterator[None]:
+    """Inside, ops run on that backend; before and after it nothing is kept of any weight."""
+    before, backends._unmeasured = backends._unmeasured, name == "auto"
+    derived.refresh()
+    try:
+        with fastvit.use_backend(**BACKENDS[name]):
+            yield
+    finally:
+        backends._unmeasured = before
+        derived.refresh()
 
 
 def images(batch: int = 2, size: int = 32) -> Tensor:
