@@ -37,6 +37,9 @@ class FusedBlock:
                 attention, mlp, options = kind.gather(self, settings.fold, *args, **kwargs)
             except Unfused as reason:
                 recording.ran_its_own_forward(reason)
+            except (AttributeError, TypeError):
+                if type(self) is kind:
+                    raise
             else:
                 if drops(attention.branch.drop_path) or drops(mlp.branch.drop_path):
                     served = True  # it draws numbers, which is no question

@@ -81,6 +81,10 @@ class FusedEmbedding:
             arguments = kind.gather(self, pixel_values, *args, **kwargs)
         except Unfused as reason:
             recording.ran_its_own_forward(reason)
-            return original_of(kind).forward(self, pixel_values, *args, **kwargs)
-        with Settings.of(self).context():
-            return ops.patch_embed(*arguments)
+        except (AttributeError, TypeError):
+            if type(self) is kind:
+                raise
+        else:
+            with Settings.of(self).context():
+                return ops.patch_embed(*arguments)
+        return original_of(kind).forward(self, pixel_values, *args, **kwargs)
