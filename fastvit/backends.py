@@ -239,7 +239,7 @@ def _chosen(op: str, row: Backend, *args, **kwargs) -> str:
 def _record(op: str, chosen: str, *args, **kwargs) -> None:
     served = any(row.can_run(*args, **kwargs) is None for row in TABLE[op] if row.name != "reference")
     reason = _why(op, chosen, "", *args, **kwargs)
-    for recorder in recording.active:
+    for recorder in recording.listeners():
         recorder.add(op, chosen, served, reason)
         if recorder.calls is not None:
             recorder.calls.append((op, args, kwargs))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import ops, recording
 from .layers.patch_embed import PatchEmbed, joined_tokens
-from .layers.plain import ran_its_own_forward, weight_and_bias
+from .layers.plain import is_identity, ran_its_own_forward, weight_and_bias
 from .layers.pos_embed import resize_pos_embed
 from .layers.settings import Settings
 
@@ -23,7 +23,9 @@ class Embedding:
         embed = self.patch_embed
         adds_positions = type(self)._pos_embed is Embedding._pos_embed and "_pos_embed" not in self.__dict__
         settings = Settings.of(self)
-        if isinstance(embed, PatchEmbed) and embed.is_fusable() and adds_positions:
+        # Without prefix the tokens lie as the convolution leaves them, in which order dropout draws.
+        draws_alike = self.num_prefix_tokens or is_identity(self.pos_drop)
+        if isinstance(embed, PatchEmbed) and embed.is_fusable() and adds_positions and draws_alike:
             images = embed.fit(images, crop=True)
             positions = self._positions(embed.dynamic_feat_size(images.shape[-2:]))
             parts = (*weight_and_bias(embed.proj), positions, self._prefix())
@@ -31,7 +33,9 @@ class Embedding:
                 x = ops.patch_embed(images, *parts, mean=settings.mean, std=settings.std)
             x = x if positions is None else self.pos_drop(x)
         else:
-            ran_its_own_forward("its patch embedding, or something in it, is not plain")
+            ran_its_own_forward(
+                "its patch embedding, or something in it, is not plain; or it drops tokens and has no prefix"
+            )
             x = self._pos_embed(embed(settings.normalized(images, embed)))
         return self.norm_pre(self.patch_drop(x))
 

@@ -15,11 +15,14 @@ The first row that covers a call decides, the user's own before the shipped ones
 import importlib.util
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 Bounds = tuple[tuple[str, int, int | None], ...]
 Key = tuple[str, str, str, str, str]
@@ -39,7 +42,11 @@ class Question(NamedTuple):
     sizes: dict[str, int]
 
 
-_listeners: list[list[Question]] = []
+class _Thread(threading.local):
+    questions: list[Question] | None = None
+
+
+_thread = _Thread()
 # Another number once the tables may say otherwise.
 generation = 0
 _tables: dict[Key, tuple[tuple[Bounds, str | None], ...]] | None = None
@@ -49,8 +56,8 @@ def refusal(
     op: str, gpu: str, dtype: str, directions: tuple[str, ...], options: str, sizes: dict
 ) -> str | None:
     """None if every direction of the call was measured right and no slower than torch's op, else why not."""
-    if _listeners:
-        _listeners[-1].append(Question(op, gpu, dtype, directions, options, sizes))
+    if not torch.compiler.is_compiling() and _thread.questions is not None:
+        _thread.questions.append(Question(op, gpu, dtype, directions, options, sizes))
     for direction in directions:
         verdict = "not measured"
         for bounds, said in _rows(op, gpu, dtype, direction, options):
@@ -70,13 +77,13 @@ def any_of(op: str, gpu: str) -> bool:
 
 @contextmanager
 def listening() -> Iterator[list[Question]]:
-    """What is asked inside the ``with`` block: a call's question is answered by rows of its fields."""
-    questions: list[Question] = []
-    _listeners.append(questions)
+    """What this thread asks in the ``with`` block: a call's question is answered by rows of its fields."""
+    outer, questions = _thread.questions, []
+    _thread.questions = questions
     try:
         yield questions
     finally:
-        _listeners.remove(questions)
+        _thread.questions = outer
 
 
 def keep(rows: list[dict[str, Any]]) -> Path:

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Event(NamedTuple):
@@ -16,12 +19,13 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """What happens in the order it happens; ``module`` is the name of the one that is running.
+    """What happens in one thread, in the order it happens; ``module`` is the name of the one that is running.
 
     With ``calls`` a list, what each op was called with is kept in it too: (op, arguments, keywords).
     """
 
     def __init__(self, calls: list[tuple[str, tuple, dict[str, Any]]] | None = None) -> None:
+        self.thread = get_ident()
         self.module = ""
         self.events: list[Event] = []
         self.calls = calls
@@ -30,13 +34,14 @@ class Recorder:
         self.events.append(Event(self.module, op, backend, accelerated, reason))
 
 
-# A plain list, as the backends' stack is: a compiler traces through the question whether it is empty.
+# A plain list, as that of `use_backend`: a compiler traces through the question whether it is empty, and no
+# other thread sees it half changed.
 active: list[Recorder] = []
 
 
 @contextmanager
 def recording(calls: list | None = None) -> Iterator[Recorder]:
-    """Record what runs inside the ``with`` block, in this process."""
+    """Record what this thread runs inside the ``with`` block."""
     recorder = Recorder(calls)
     active.append(recorder)
     try:
@@ -45,20 +50,28 @@ def recording(calls: list | None = None) -> Iterator[Recorder]:
         active.remove(recorder)
 
 
+def listeners() -> list[Recorder]:
+    """Those that record this thread."""
+    if not active:
+        return []
+    thread = None if torch.compiler.is_compiling() else get_ident()
+    return [recorder for recorder in list(active) if thread in (None, recorder.thread)]
+
+
 @contextmanager
 def inside(child: str) -> Iterator[None]:
     """What runs inside the ``with`` block is the child's of that name."""
-    modules = [recorder.module for recorder in active]
-    for recorder in active:
-        recorder.module = f"{recorder.module}.{child}".lstrip(".")
+    outer = [(recorder, recorder.module) for recorder in listeners()]
+    for recorder, module in outer:
+        recorder.module = f"{module}.{child}".lstrip(".")
     try:
         yield
     finally:
-        for recorder, module in zip(active, modules, strict=True):
+        for recorder, module in outer:
             recorder.module = module
 
 
 def ran_its_own_forward(reason: object) -> None:
     """Note that a module that could be fused was not, and why."""
-    for recorder in active:
+    for recorder in listeners():
         recorder.add(None, "original", False, str(reason))

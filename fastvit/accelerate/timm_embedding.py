@@ -95,6 +95,8 @@ def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple,
     if not whole:  # a view: a convolution never reads what is left over
         images = images[:, :, : grid[0] * ph, : grid[1] * pw]
     prefix = joined_tokens(model.cls_token, model.reg_token)
+    if prefix is None:  # the tokens lie as the convolution leaves them, in which order dropout draws
+        idle_child(model, "pos_drop")
     positions = _positions(model, grid)
     for tensor in (positions, prefix):
         if tensor is not None and tensor.dtype != weight.dtype and compute_dtype(weight) == weight.dtype:
