@@ -15,9 +15,6 @@ import fastvit
 from fastvit.accelerate.huggingface.layer import ATTENTIONS
 from fastvit.accelerate.huggingface.sdpa import READ_BY_SDPA, read_by
 
-if not hasattr(hf.utils.generic, "TransformersKwargs"):
-    pytest.skip("transformers 4 names no keywords that it hands down", allow_module_level=True)
-
 KNOWN = hf.utils.generic.TransformersKwargs.__annotations__
 ITEMS = {"num_items_in_batch": torch.tensor(8)}  # Trainer's, for the loss
 
