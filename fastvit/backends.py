@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import torch
 
 from . import native_backend, recording, triton_backend
+from .call_facts import exporting
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -132,6 +133,10 @@ class use_backend:
     that "cpp" does not serve unless it is named for attention itself: it is for inference in float32. The
     setting holds for the whole process, not for one thread.
 
+    torch.export, torch.onnx.export and torch.jit.trace make programs for places where fastvit may be absent:
+    they hold torch's own ops, and fastvit's where a backend is named here as they are made. Whoever runs such
+    a program then imports fastvit first. ONNX has no such ops, and naming a kernel raises.
+
     Raises:
         ValueError: for an unknown op or backend.
     """
@@ -180,6 +185,11 @@ def _asked(op: str) -> tuple[str, bool]:
     return "auto", False
 
 
+def names_a_kernel() -> bool:
+    """Whether a backend other than torch's own ops is named for an op."""
+    return any(requested(op) not in ("auto", "reference") for op in TABLE)
+
+
 def kernels_for(device: str) -> dict[str, str]:
     """Each op's backend for "cpu" or "cuda" that serves training too, as ``use_backend`` takes them."""
     made_for = ((op, row) for op, rows in TABLE.items() for row in rows if row.device == device)
@@ -212,6 +222,8 @@ def resolve(op: str, *args, **kwargs) -> str:
         if recording.active:
             _record(op, "reference", *args, **kwargs)
         return "reference"
+    if name == "auto" and exporting():
+        name = "reference"
     for row in TABLE[op]:
         if name not in ("auto", row.name):
             continue
@@ -271,6 +283,8 @@ def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
         return "asked for by name"
     if _disabled:
         return "FASTVIT_DISABLE is set"
+    if why := exporting():
+        return why
     passed = []
     for row in TABLE[op]:
         if row.name == chosen:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, measurements
+from ..layers.plain import why_unfused
 
 ATTRIBUTE = "_fastvit_idle"
 
@@ -36,7 +37,8 @@ def became_idle(module: nn.Module, x: Tensor, served: bool) -> bool:
 
 def _is_quiet(module: nn.Module) -> bool:
     """Whether nothing is drawn, traced or recorded: a checkpoint computes again what it computed first."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    quiet = not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return quiet and why_unfused() is None
 
 
 def _kind(x: Tensor) -> tuple:

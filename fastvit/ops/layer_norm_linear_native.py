@@ -22,7 +22,7 @@ def layer_norm_linear(
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
     dtype = compute_dtype(weight)
-    if needs_gradient(x, norm_weight, norm_bias, weight, bias):
+    if registration.records_gradients(x, norm_weight, norm_bias, weight, bias):
         cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
         return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm)
     inputs = (x, norm_weight, norm_bias, weight, bias)

@@ -21,7 +21,7 @@ def linear_residual(
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision, the sum as the residual is."""
     dtype = compute_dtype(weight)
-    if needs_gradient(x, weight, bias, residual, layer_scale):
+    if registration.records_gradients(x, weight, bias, residual, layer_scale):
         cast = (weight.to(dtype), None if bias is None else bias.to(dtype))
         return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
