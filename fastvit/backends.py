@@ -21,6 +21,7 @@ import torch
 
 from . import frames, native_backend, recording, triton_backend
 from .asking import Served, is_asking
+from .call_facts import exporting
 from .errors import BackendUnavailable
 
 logger = logging.getLogger("fastvit")
@@ -130,6 +131,10 @@ class use_backend:
     setting holds for the whole process, not for one thread; and for what a checkpoint computes again in
     backward, if it held there in the forward.
 
+    torch.export, torch.onnx.export and torch.jit.trace make programs for places where fastvit may be absent:
+    they hold torch's own ops, and fastvit's where a backend is named here as they are made. Whoever runs such
+    a program then imports fastvit first. ONNX has no such ops, and naming a kernel raises.
+
     Raises:
         ValueError: for an unknown op or backend.
     """
@@ -189,6 +194,11 @@ def _asked(op: str) -> tuple[str, bool]:
     return "auto", False
 
 
+def names_a_kernel() -> bool:
+    """Whether a backend other than torch's own ops is named for an op."""
+    return any(requested(op) not in ("auto", "reference") for op in TABLE)
+
+
 def kernels_for(device: str) -> dict[str, str]:
     """Each op's backend for "cpu" or "cuda" that serves training too, as ``use_backend`` takes them."""
     made_for = ((op, row) for op, rows in TABLE.items() for row in rows if row.device == device)
@@ -211,6 +221,8 @@ def resolve(op: str, *args, **kwargs) -> str:
         if name not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
         return _chosen(op, _REFERENCE, *args, **kwargs)
+    if name == "auto" and exporting():
+        name = "reference"
     for row in TABLE[op]:
         if name not in ("auto", row.name):
             continue
@@ -275,6 +287,8 @@ def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
         return "asked for by name"
     if _disabled:
         return "FASTVIT_DISABLE is set"
+    if why := exporting():
+        return why
     passed = []
     for row in TABLE[op]:
         if row.name == chosen:

@@ -28,6 +28,29 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def exporting() -> str | None:
+    """Why a call is one of a program that is made for elsewhere, where no fastvit may be, or None.
+
+    By torch.export (so AOTInductor and ONNX too), or by torch.jit.trace; what torch.compile makes stays here.
+    """
+    if torch.compiler.is_compiling():
+        # What is_exporting() reads: as 2.11's compiler traces that function, it is always True.
+        return _EXPORTING if torch.compiler._is_exporting_flag else None
+    return None if torch._C._get_tracing_state() is None else _EXPORTING
+
+
+_EXPORTING = "exporting: the program is of torch's own ops, unless a backend is named"
+
+
+def without_rules() -> str | None:
+    """Why no kernel of ours can be part of what is made of the call, or None."""
+    if transformed():
+        return "has no rules for torch.func's transforms and forward-mode derivatives"
+    if exporting() and torch.onnx.is_in_onnx_export():
+        return "is no op of ONNX: name no backend, and the model is exported as torch's own ops"
+    return None
+
+
 def tf32(op: str) -> bool:
     """Whether float32 products may be tf32, decided as torch decides for the op that ours stands for."""
     kind = "conv" if op == "patch_embed" else "matmul"

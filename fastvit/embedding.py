@@ -41,7 +41,7 @@ class Embedding:
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Prefix and positions for an embedding layer of another kind: [B, H, W, D] or [B, N, D] tokens."""
-        positions = self._positions(tuple(x.shape[1:-1]))
+        positions = self._positions(x.shape[1:-1])
         x = x.flatten(1, -2)
         if positions is not None and self.no_embed_class:
             x = x + positions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import extension, gpus, measurements
-from .call_facts import attention_sizes, compute_dtype, needs_gradient, tf32, transformed
+from .call_facts import attention_sizes, compute_dtype, exporting, needs_gradient, tf32, without_rules
 from .errors import ExtensionMismatch, ExtensionNotBuilt
 
 OLDEST = (8, 0)
@@ -76,8 +76,8 @@ def can_run(op: str, device: str, *args, **options) -> str | None:
     reason = _loads(device) or (_too_old(call.x.device) if device == "cuda" else None)
     if reason is not None:
         return reason
-    if transformed():
-        return "it has no rules for torch.func's transforms and forward-mode derivatives"
+    if reason := without_rules():
+        return f"it {reason}"
     return _wrong_dtypes(call, device) or _unserved(call)
 
 
@@ -159,15 +159,15 @@ def can_run_attention(
         return f"it is for CPUs; the tensors are on {q.device.type}"
     if reason := _loads("cpu"):
         return reason
-    if transformed():
-        return "it has no rules for torch.func's transforms and forward-mode derivatives"
+    if reason := without_rules():
+        return f"it {reason}"
     if compute_dtype(v) != torch.float32 or v.dtype != torch.float32:
         return f"its attention takes float32, not {_named(compute_dtype(v))}"
     if k.shape[2:] != q.shape[2:] or v.shape != k.shape:
         return "its attention takes q, k and v of the same heads and channels"
     if dropout_p:
         return "its attention has no dropout of weights"
-    if needs_gradient(q, k, v, *options.values()):
+    if needs_gradient(q, k, v, *options.values()) and not exporting():
         return "its attention is for inference: it gives no gradients"
     return None
 
@@ -254,7 +254,13 @@ def vectors() -> str:
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions by which oneDNN multiplies bfloat16, and packs weights in it."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # torch.jit.trace would take the question for an op of the model, and fail at an answer that is no tensor.
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    finally:
+        torch._C._set_tracing_state(tracing)
 
 
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's; a cache hides it.

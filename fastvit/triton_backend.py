@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gpus, measurements
-from .call_facts import attention_sizes, compute_dtype, needs_gradient, tf32, transformed
+from .call_facts import attention_sizes, compute_dtype, needs_gradient, tf32, without_rules
 
 OLDEST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
@@ -145,8 +145,8 @@ def _machine(tensor: Tensor | None) -> str | None:
         return f"Triton needs a CUDA GPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"its kernels take float16, bfloat16 and float32, not {dtype}"
-    if transformed():
-        return "its kernels have no rules for torch.func's transforms and forward-mode derivatives"
+    if reason := without_rules():
+        return f"it {reason}"
     if _interpreted():
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return _too_old(device)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from ..layers.plain import Unfused, weight_and_bias
 
@@ -14,10 +13,8 @@ def joined_projections(
     """Weights and biases of linear layers as `layer_norm_linear` takes them, for outputs side by side.
 
     Raises:
-        Unfused: while torch.fx traces, which would take the parameters for constants.
+        Unfused: if their dtypes differ.
     """
-    if is_fx_symbolic_tracing():
-        raise Unfused("its projections are apart, and torch.fx would keep them as they are now")
     weights, biases = zip(*map(weight_and_bias, projections), strict=True)
     if len({weight.dtype for weight in weights}) > 1:
         raise Unfused("its projections have different dtypes")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.patch_embed import to_unit_range
-from .plain import CONVOLUTIONS, is_identity, is_plain, known
+from .plain import CONVOLUTIONS, is_identity, is_plain, known, why_unfused
 
 
 def to_2tuple(value: int | Iterable[int]) -> tuple[int, int]:
@@ -109,7 +109,8 @@ class PatchEmbed(nn.Module):
     def is_fusable(self) -> bool:
         """True if nothing here needs its own forward, so that the op `patch_embed` can do it all."""
         return (
-            is_plain(self, (PatchEmbed,))
+            why_unfused() is None
+            and is_plain(self, (PatchEmbed,))
             and is_plain(self.proj, CONVOLUTIONS)
             and is_identity(self.norm)
             and cuts_patches(self.proj)

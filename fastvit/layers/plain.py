@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -17,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from .. import backends, recording
+from ..call_facts import exporting, transformed
 from ..ops.overrides import overridden
 
 # Classes by what they compute. Other libraries' are added to such tables when their models are accelerated.
@@ -116,12 +118,26 @@ def plain_child(parent: nn.Module, name: str, classes: Collection[type[nn.Module
     """The child of that name.
 
     Raises:
-        Unfused: if it is absent or not plain.
+        Unfused: if it is absent or not plain, or nothing is to be fused now.
     """
+    if reason := why_unfused():
+        raise Unfused(reason)
     child = parent._modules.get(name)
     if child is None or not is_plain(child, classes):
         raise Unfused(name, child)
     return child
+
+
+def why_unfused() -> str | None:
+    """Why every module is to run its own forward now, or None: someone is to see it, or takes no op of ours.
+
+    Tools on torch.fx look for modules; programs that are exported are to be those of the original model, and
+    so are derivatives, unless a kernel is named: the ops then answer for themselves.
+    """
+    if not torch.compiler.is_compiling() and is_fx_symbolic_tracing():
+        return "torch.fx is tracing, and its tools look for modules"
+    reason = exporting() or ("it is inside a transform of torch.func" if transformed() else None)
+    return reason if reason and not backends.names_a_kernel() else None
 
 
 def idle_child(parent: nn.Module, name: str) -> None:
@@ -151,7 +167,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter of another name, itself also while torch.fx traces, which makes proxies of attributes."""
+    """The parameter of another name; wrappers such as FSDP keep views of it as an ordinary attribute."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 

@@ -45,7 +45,7 @@ def attention(
     if qkv.dtype != dtype:
         qkv = qkv.to(dtype)
         views = _split(qkv, num_heads)
-    if needs_gradient(qkv, *values):
+    if registration.records_gradients(qkv, *values):
         return _Packed.apply(qkv, num_heads, *values)
     return registration.call(_fwd, *views, *values, False)[0]
 
@@ -193,10 +193,12 @@ _fwd = registration.register(
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,
+    compiled=False,
 )
 _bwd = registration.register(
     f"attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {OPTIONS}, "
     "bool norm_grads) -> Tensor[]",
     _bwd_kernels,
     _bwd_shapes,
+    compiled=False,
 )

@@ -23,7 +23,7 @@ def layer_norm_linear(
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
     dtype = compute_dtype(weights[0])
     inputs = (x, norm_weight, norm_bias, weights, biases)
-    if needs_gradient(x, norm_weight, norm_bias, *weights, *biases):
+    if registration.records_gradients(x, norm_weight, norm_bias, *weights, *biases):
         return _recorded(*inputs, eps, norm, dtype, frozen)
     return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen)[0]
 

@@ -55,7 +55,7 @@ def layer_norm_mlp(
     """The public op's call; under autocast products are in low precision, and the sum as x is."""
     inputs = Inputs(*first, **rest)
     dtype = compute_dtype(inputs.fc1_weight)
-    if needs_gradient(*inputs):
+    if registration.records_gradients(*inputs):
         return _recorded(inputs, eps, activation, norm, dtype, frozen)
     return registration.call(_fwd, *inputs, eps, activation, norm, dtype, frozen, False)[0]
 

@@ -22,7 +22,7 @@ def linear_residual(
     """The public op's call; under autocast the product is in low precision, the sum as the residual is."""
     dtype = compute_dtype(weight)
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
-    if needs_gradient(*inputs[:5]):
+    if registration.records_gradients(*inputs[:5]):
         return _recorded(*inputs, dtype, frozen)
     return registration.call(_fwd, *inputs, dtype, frozen, False)[0]
 

@@ -31,7 +31,7 @@ def patch_embed(
     dtype = compute_dtype(weight)
     images = images if images.dtype == torch.uint8 else images.to(dtype)
     inputs = (images, weight.to(dtype), None if bias is None else bias.to(dtype), pos_embed, prefix)
-    if needs_gradient(*inputs):
+    if registration.records_gradients(*inputs):
         return _PatchEmbed.apply(*inputs, mean, std)
     return registration.call(_fwd, *inputs, mean, std)
 
@@ -135,10 +135,12 @@ _fwd = registration.register(
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,
+    compiled=False,
 )
 _bwd = registration.register(
     "patch_embed_bwd(Tensor grad_out, Tensor images, Tensor weight, int num_prefix, int pos_embed_rows, "
     "Tensor? mean, Tensor? std, bool[5] needs) -> Tensor[]",
     _bwd_kernels,
     _bwd_shapes,
+    compiled=False,
 )

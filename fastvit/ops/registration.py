@@ -5,8 +5,12 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.library import Library
+
+from ..call_facts import exporting, needs_gradient
+from ..extension import load_ops
 
 NAMESPACE = __name__.partition(".")[0]
 _library = Library(NAMESPACE, "FRAGMENT")
@@ -17,7 +21,13 @@ _PLAIN = frozenset(
 )
 
 
-def register(schema: str, kernels: Callable, shapes: Callable, autograd: Callable | None = None) -> Any:
+def register(
+    schema: str,
+    kernels: Callable,
+    shapes: Callable,
+    autograd: Callable | None = None,
+    compiled: bool = True,
+) -> Any:
     """Define ``fastvit::<schema>``, and return it.
 
     Args:
@@ -25,16 +35,37 @@ def register(schema: str, kernels: Callable, shapes: Callable, autograd: Callabl
         kernels: runs it.
         shapes: gives tensors of the same shapes, dtypes and strides, without data.
         autograd: runs it and records its gradients.
+        compiled: the kernels are those of a compiled library.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernels, "CompositeExplicitAutograd")
+    entry = _loading if compiled else (lambda function: function)
+    _library.impl(name, entry(kernels), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     if autograd is not None:
-        _library.impl(name, autograd, "Autograd")
+        _library.impl(name, entry(autograd), "Autograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _kernels[op] = kernels
     return op
+
+
+def _loading(function: Callable) -> Callable:
+    """An entry for a program that was saved: no one may have asked here whether the kernels can run."""
+
+    @wraps(function)
+    def loaded(*args: Any) -> Any:
+        load_ops(next(value.device.type for value in args if isinstance(value, Tensor)))
+        return function(*args)
+
+    return loaded
+
+
+def records_gradients(*values: Any) -> bool:
+    """Whether who calls the op is to record gradients for one of the values.
+
+    Not while a program is exported, in which the op itself is to stand: that records its own where it runs.
+    """
+    return needs_gradient(*values) and not exporting()
 
 
 def call(op: Any, *args: Any) -> Any:
@@ -42,7 +73,7 @@ def call(op: Any, *args: Any) -> Any:
 
     And past the dispatcher too, where nobody is watching: it takes as long as some kernels do.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         return op(*args)
     return below_autograd(op if _is_watched(args) else _kernels[op], *args)
 
@@ -53,10 +84,8 @@ def kernels_of(op: Any) -> Callable | None:
 
 
 def _is_watched(args: tuple) -> bool:
-    """Whether a mode, a tracer or a tensor of another type is to see the op itself."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return True
-    return not _PLAIN.issuperset(map(type, args))
+    """Whether a mode or a tensor of another type is to see the op itself."""
+    return torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))
 
 
 def below_autograd(op: Any, *args: Any) -> Any:
