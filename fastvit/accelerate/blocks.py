@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
-from ..layers.plain import Unfused, ran_its_own_forward
+from ..layers.plain import Unfused, raise_if_unfused, ran_its_own_forward
 from ..layers.regularization import drops
 from ..layers.settings import Settings
 from .idle import ask, is_served
@@ -27,6 +27,7 @@ class FusedBlock(Replacement):
         if served is not False and issubclass(kind, FusedBlock):
             settings = Settings.of(self)
             try:
+                raise_if_unfused()
                 if isinstance(x, Tensor) and x.ndim != 3:
                     raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
                 attention, mlp, options = kind.gather(self, settings.fold, *args, **kwargs)

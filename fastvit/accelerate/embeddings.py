@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers.patch_embed import cuts_patches, joined_tokens
-from ..layers.plain import CONVOLUTIONS, Unfused, plain_child, ran_its_own_forward, weight_and_bias
+from ..layers.plain import (
+    CONVOLUTIONS,
+    Unfused,
+    plain_child,
+    raise_if_unfused,
+    ran_its_own_forward,
+    weight_and_bias,
+)
 from ..layers.settings import Settings
 from .registry import Replacement, library_class
 
@@ -45,6 +52,7 @@ def patches(parent: nn.Module, name: str, images: Tensor, cast: bool = False) ->
     Raises:
         Unfused: if it does more than to cut patches, or does not fit the images.
     """
+    raise_if_unfused()
     projection = plain_child(parent, name, CONVOLUTIONS)
     weight, bias = weight_and_bias(projection)
     if not cuts_patches(projection):

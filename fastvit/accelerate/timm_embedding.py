@@ -21,6 +21,7 @@ from ..layers.plain import (
     idle_child,
     known,
     plain_child,
+    raise_if_unfused,
     ran_its_own_forward,
     weight_and_bias,
 )
@@ -74,6 +75,7 @@ def gather(model: nn.Module, images: Tensor, settings: Settings) -> tuple[tuple,
     Raises:
         Unfused: if timm's own code is to do it; wrong sizes too, which it says in its way.
     """
+    raise_if_unfused()
     embed = plain_child(model, "patch_embed", (PatchEmbed,))
     proj = plain_child(embed, "proj", CONVOLUTIONS)
     idle_child(embed, "norm")

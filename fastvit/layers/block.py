@@ -9,7 +9,15 @@ from .attention import ATTENTIONS, Attention, between_projections
 from .halves import AttentionHalf, Branch, MlpHalf, run_attention, run_mlp
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import LINEARS, Unfused, idle_child, plain_child, ran_its_own_forward, weight_and_bias
+from .plain import (
+    LINEARS,
+    Unfused,
+    idle_child,
+    plain_child,
+    raise_if_unfused,
+    ran_its_own_forward,
+    weight_and_bias,
+)
 from .regularization import DROP_PATHS, DropPath, LayerScale, layer_scale
 from .settings import Settings
 
@@ -89,6 +97,7 @@ class Block(nn.Module):
     def _attention_half(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         settings = Settings.of(self)
         try:
+            raise_if_unfused()
             half = attention_half(self, settings.fold)
         except Unfused as reason:
             ran_its_own_forward(reason)
@@ -100,6 +109,7 @@ class Block(nn.Module):
     def _mlp_half(self, x: Tensor) -> Tensor:
         settings = Settings.of(self)
         try:
+            raise_if_unfused()
             half = mlp_half(self, settings.fold)
         except Unfused as reason:
             ran_its_own_forward(reason)

@@ -118,10 +118,8 @@ def plain_child(parent: nn.Module, name: str, classes: Collection[type[nn.Module
     """The child of that name.
 
     Raises:
-        Unfused: if it is absent or not plain, or nothing is to be fused now.
+        Unfused: if it is absent or not plain.
     """
-    if reason := why_unfused():
-        raise Unfused(reason)
     child = parent._modules.get(name)
     if child is None or not is_plain(child, classes):
         raise Unfused(name, child)
@@ -138,6 +136,16 @@ def why_unfused() -> str | None:
         return "torch.fx is tracing, and its tools look for modules"
     reason = exporting() or ("it is inside a transform of torch.func" if transformed() else None)
     return reason if reason and not backends.names_a_kernel() else None
+
+
+def raise_if_unfused() -> None:
+    """For whoever gathers what an op computes with, before the first look at a module.
+
+    Raises:
+        Unfused: if every module is to run its own forward now.
+    """
+    if reason := why_unfused():
+        raise Unfused(reason)
 
 
 def idle_child(parent: nn.Module, name: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from .mlp import MLPS, Mlp
 from .norm import LayerNorm, norm_arguments
-from .plain import Unfused, plain_child, ran_its_own_forward
+from .plain import Unfused, plain_child, raise_if_unfused, ran_its_own_forward
 from .weight_init import trunc_normal_scaled_
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
@@ -74,6 +74,7 @@ class AttentionPoolLatent(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.proj(x)
         try:
+            raise_if_unfused()
             mlp = plain_child(self, "mlp", MLPS)
             arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm"))
         except Unfused as reason:
