@@ -1,5 +1,6 @@
 """timm's Eva (EVA-02, DINOv3, Perception Encoder) and its pre-norm block with rotary positions."""
 
+from collections.abc import Callable
 from functools import partial
 
 from timm import layers
@@ -16,7 +17,7 @@ from . import timm_layers
 from .blocks import FusedBlock
 from .joined import joined, joined_projections
 from .registry import LEFT_ALONE, classes, replaces
-from .timm_embedding import Embedded, embedded
+from .timm_embedding import Embedded, on_embedded
 
 timm_layers.enter()
 
@@ -74,14 +75,16 @@ class Eva(eva.Eva):
     normalizes = True
 
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return eva.Eva.forward_features(self, Eva._embedded(self, x), *args, **kwargs)
+        return Eva._on_embedded(self, eva.Eva.forward_features, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        return eva.Eva.forward_intermediates(self, Eva._embedded(self, x), *args, **kwargs)
+        return Eva._on_embedded(self, eva.Eva.forward_intermediates, x, *args, **kwargs)
 
-    def _embedded(self, x: Tensor) -> Tensor | Embedded:
+    def _on_embedded(self, forward: Callable, x: Tensor, *args, **kwargs):
         # In training it drops patches together with their rotary positions.
-        return x if self.patch_drop is not None and self.training else embedded(self, x)
+        if self.patch_drop is not None and self.training:
+            return forward(self, x, *args, **kwargs)
+        return on_embedded(forward, self, x, *args, **kwargs)
 
     def _pos_embed(self, x: Tensor | Embedded) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Embedded):

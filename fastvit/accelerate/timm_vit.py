@@ -10,7 +10,7 @@ from ..layers.halves import AttentionHalf, MlpHalf
 from . import timm_layers
 from .blocks import FusedBlock
 from .registry import LEFT_ALONE, classes, replaces
-from .timm_embedding import Embedded, embedded
+from .timm_embedding import Embedded, on_embedded
 
 timm_layers.enter()
 
@@ -41,11 +41,12 @@ class VisionTransformer(vision_transformer.VisionTransformer):
     normalizes = True
 
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return vision_transformer.VisionTransformer.forward_features(self, embedded(self, x), *args, **kwargs)
+        return on_embedded(vision_transformer.VisionTransformer.forward_features, self, x, *args, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        original = vision_transformer.VisionTransformer.forward_intermediates
-        return original(self, embedded(self, x), *args, **kwargs)
+        return on_embedded(
+            vision_transformer.VisionTransformer.forward_intermediates, self, x, *args, **kwargs
+        )
 
     def _pos_embed(self, x: Tensor | Embedded) -> Tensor:
         if not isinstance(x, Embedded):
