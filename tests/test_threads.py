@@ -1,11 +1,10 @@
 """Threads that run, record, accelerate and restore at the same time."""
 
-import sys
 import threading
 
 import pytest
 import torch
-from accelerated import close, images, pair, run
+from accelerated import images, pair, run
 from library_models import open_clip_model, torchvision_model
 
 import fastvit
@@ -141,25 +140,3 @@ def test_a_model_is_accelerated_while_it_runs(kind):
         alike(model(**inputs), expected)
         hook.remove()
         fastvit.restore(model)
-
-
-def test_a_model_is_accelerated_and_restored_without_pause_while_it_runs():
-    model, fast = pair()
-    x, done = images(), threading.Event()
-    expected = model(x)
-
-    def exchange():
-        while not done.is_set():
-            fastvit.restore(fast)
-            fastvit.accelerate(fast)
-
-    thread, interval = threading.Thread(target=exchange), sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    thread.start()
-    try:
-        for _ in range(20):
-            close(fast(x), expected)
-    finally:
-        done.set()
-        thread.join()
-        sys.setswitchinterval(interval)

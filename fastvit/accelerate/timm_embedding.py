@@ -4,8 +4,9 @@ timm calls ``patch_embed``, then ``_pos_embed``, in several methods. So that all
 are written, the finished tokens travel through both calls in an `Embedded`, which no one else ever sees.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm import layers
@@ -46,9 +47,20 @@ class PatchEmbed(Replacement, layers.PatchEmbed):
         return x if isinstance(x, Embedded) else layers.PatchEmbed.forward(self, x)
 
 
+def on_embedded(forward: Callable, model: nn.Module, images: Tensor, *args, **kwargs) -> Any:
+    """timm's ``forward`` of the model, on what `embedded` makes of the images."""
+    kind = type(model)
+    try:
+        return forward(model, embedded(model, images), *args, **kwargs)
+    except (AttributeError, TypeError):
+        if type(model) is kind:
+            raise
+    return forward(model, images, *args, **kwargs)  # another thread has restored it meanwhile
+
+
 def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
     """The images as they are to go through the model: embedded already, or as they are."""
-    kind, settings = type(model), Settings.of(model)
+    settings = Settings.of(model)
     served = is_served(model, images) if settings.mean is None else True
     if served is False:
         return images
@@ -60,8 +72,7 @@ def embedded(model: nn.Module, images: Tensor) -> Tensor | Embedded:
         except Unfused as reason:
             ran_its_own_forward(reason)
             return settings.normalized(images, model.patch_embed)
-    # If another thread has restored the model meanwhile, its own code is to go on: it knows images alone.
-    return Embedded(tokens, images.shape, grid) if type(model) is kind else images
+    return Embedded(tokens, images.shape, grid)
 
 
 def _tokens(model: nn.Module, images: Tensor, settings: Settings) -> tuple[Tensor, tuple[int, int]]:

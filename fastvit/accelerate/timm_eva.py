@@ -1,5 +1,7 @@
 """timm's Eva (EVA-02, DINOv3, Perception Encoder) and its pre-norm block with rotary positions."""
 
+from collections.abc import Callable
+
 import torch
 from timm import layers
 from timm.models import eva
@@ -15,7 +17,7 @@ from . import timm_layers
 from .blocks import FusedBlock
 from .joined import joined_projections
 from .registry import LEFT_ALONE, Replacement, classes, outlives_restore, replaces
-from .timm_embedding import Embedded, embedded
+from .timm_embedding import Embedded, on_embedded
 
 timm_layers.enter()
 
@@ -72,15 +74,17 @@ class Eva(Replacement, eva.Eva):
 
     @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return eva.Eva.forward_features(self, Eva._embedded(self, x), *args, **kwargs)
+        return Eva._on_embedded(self, eva.Eva.forward_features, x, *args, **kwargs)
 
     @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        return eva.Eva.forward_intermediates(self, Eva._embedded(self, x), *args, **kwargs)
+        return Eva._on_embedded(self, eva.Eva.forward_intermediates, x, *args, **kwargs)
 
-    def _embedded(self, x: Tensor) -> Tensor | Embedded:
+    def _on_embedded(self, forward: Callable, x: Tensor, *args, **kwargs):
         # In training it drops patches together with their rotary positions.
-        return x if self.patch_drop is not None and self.training else embedded(self, x)
+        if self.patch_drop is not None and self.training:
+            return forward(self, x, *args, **kwargs)
+        return on_embedded(forward, self, x, *args, **kwargs)
 
     @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from ..layers.halves import AttentionHalf, MlpHalf
 from . import timm_layers
 from .blocks import FusedBlock
 from .registry import LEFT_ALONE, Replacement, classes, outlives_restore, replaces
-from .timm_embedding import Embedded, embedded
+from .timm_embedding import Embedded, on_embedded
 
 timm_layers.enter()
 
@@ -42,12 +42,13 @@ class VisionTransformer(Replacement, vision_transformer.VisionTransformer):
 
     @outlives_restore
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return vision_transformer.VisionTransformer.forward_features(self, embedded(self, x), *args, **kwargs)
+        return on_embedded(vision_transformer.VisionTransformer.forward_features, self, x, *args, **kwargs)
 
     @outlives_restore
     def forward_intermediates(self, x: Tensor, *args, **kwargs):
-        original = vision_transformer.VisionTransformer.forward_intermediates
-        return original(self, embedded(self, x), *args, **kwargs)
+        return on_embedded(
+            vision_transformer.VisionTransformer.forward_intermediates, self, x, *args, **kwargs
+        )
 
     @outlives_restore
     def _pos_embed(self, x: Tensor | Embedded) -> Tensor:
