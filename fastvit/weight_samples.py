@@ -52,7 +52,7 @@ class Sample:
         self._weights = (_Weight * len(tensors))(*map(_Weight.of, tensors))
         places = sum(weight.rows for weight in self._weights)
         self._sample = torch.empty(places, dtype=torch.int64, device=self._device)
-        self._on_gpu = self._device.type == "cuda"
+        self._on_gpu = _is_on_gpu(self._device)
         if self._on_gpu:
             self._seen = torch.zeros(1, dtype=torch.int32).pin_memory()
             self._differs = self._seen.numpy()
@@ -83,6 +83,10 @@ class Sample:
                 raise RuntimeError(
                     f"fastvit: a look at weights on {self._device} failed: CUDA error {status}"
                 )
+
+
+def _is_on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @cache
