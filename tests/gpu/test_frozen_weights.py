@@ -1,4 +1,4 @@
-"""Copies of frozen weights on a GPU follow writes that torch does not record, a call later, without a wait."""
+"""Copies of frozen weights on a GPU follow what torch does not record, a call later and without a wait."""
 
 from functools import partial
 
