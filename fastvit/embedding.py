@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import ops, recording
 from .layers.patch_embed import PatchEmbed, joined_tokens
-from .layers.plain import weight_and_bias
+from .layers.plain import weight_and_bias, why_unfused
 from .layers.pos_embed import resize_pos_embed
 from .layers.settings import Settings
 
@@ -31,7 +31,9 @@ class Embedding:
                 x = ops.patch_embed(images, *parts, mean=settings.mean, std=settings.std)
             x = x if positions is None else self.pos_drop(x)
         else:
-            recording.ran_its_own_forward("its patch embedding, or something in it, is not plain")
+            recording.ran_its_own_forward(
+                why_unfused() or "its patch embedding, or something in it, is not plain"
+            )
             x = self._pos_embed(embed(settings.normalized(images, next(embed.parameters()).dtype)))
         return self.norm_pre(self.patch_drop(x))
 
