@@ -46,9 +46,13 @@ def without_rules() -> str | None:
     """Why no kernel of ours can be part of what is made of the call, or None."""
     if transformed():
         return "has no rules for torch.func's transforms and forward-mode derivatives"
-    if exporting() and torch.onnx.is_in_onnx_export():
+    if exporting() and _is_for_onnx():
         return "is no op of ONNX: name no backend, and the model is exported as torch's own ops"
     return None
+
+
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def tf32(op: str) -> bool:
@@ -64,4 +68,5 @@ def attention_sizes(q: Tensor) -> dict[str, int]:
 
 
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.
-tf32._dynamo_marked_constant = True
+for _constant in (tf32, _is_for_onnx):
+    _constant._dynamo_marked_constant = True

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import ops, recording
 from .layers.patch_embed import PatchEmbed, joined_tokens
-from .layers.plain import is_identity, ran_its_own_forward, weight_and_bias
+from .layers.plain import is_identity, ran_its_own_forward, weight_and_bias, why_unfused
 from .layers.pos_embed import resize_pos_embed
 from .layers.settings import Settings
 
@@ -34,7 +34,8 @@ class Embedding:
             x = x if positions is None else self.pos_drop(x)
         else:
             ran_its_own_forward(
-                "its patch embedding, or something in it, is not plain; or it drops tokens and has no prefix"
+                why_unfused()
+                or "its patch embedding, or something in it, is not plain; or it drops tokens and has no prefix"
             )
             x = self._pos_embed(embed(settings.normalized(images, embed)))
         return self.norm_pre(self.patch_drop(x))

@@ -172,7 +172,7 @@ def test_it_compiles_as_one_graph(name):
     torch.compiler.reset()
 
 
-# torch.fx sees the ops as leaves; a joined weight it would keep as it is while it traces.
+# torch.fx runs the original forward: a joined weight it would keep as it is while it traces.
 def test_torch_fx_keeps_no_joined_weight():
     block = randomize(EvaBlock(64, 2, qkv_fused=False, qkv_bias=True)).eval()
     ours = fastvit.accelerate(nn.Sequential(block))
