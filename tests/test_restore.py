@@ -3,13 +3,16 @@
 import copy
 import functools
 import types
+import weakref
 
 import pytest
 import torch
 from accelerated import images, pair
 from families import FAMILIES, close, family, is_the_librarys, outputs, same
+from torch.utils._pytree import tree_leaves
 
 import fastvit
+from fastvit import derived
 
 
 def add_hook(module):
@@ -145,3 +148,24 @@ def test_compiled_modules(how, monkeypatch):
         assert is_the_librarys(fast)
         monkeypatch.setattr(ours, "gather", None)
         assert torch.equal(compiled(x), out)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_of_weights_go(name):
+    derived.refresh()
+    ops = dict.fromkeys(("layer_norm_linear", "linear_residual", "layer_norm_mlp"), "cpp")
+    (fast, call), (other, _) = family(name), family(name)
+    with fastvit.use_backend(**ops):
+        outputs(fastvit.accelerate(other, mode="inference"), call)
+        others = derived.everything()
+        outputs(fastvit.accelerate(fast, mode="inference"), call)
+    kept = [t for t in tree_leaves(derived.everything()) if isinstance(t, torch.Tensor)]
+    its = {weakref.ref(t) for t in kept if not any(t is o for o in tree_leaves(others))}
+    del kept
+    assert its
+    fastvit.restore(fast)
+    assert len(derived.everything()) == len(others)
+    assert not any(ref() is not None for ref in its)
+    del others
+    fastvit.restore(other)
+    assert derived.everything() == []
