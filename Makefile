@@ -91,7 +91,7 @@ asan: $(STAMP)
 	$(BIN)/python csrc/libraries.py build/asan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py tests/test_native_calls.py \
-		tests/test_attention_native.py -p no:cacheprovider --library build/asan/_fastvit_cpu.so
+		tests/test_attention_native.py tests/test_products.py -p no:cacheprovider --library build/asan/_fastvit_cpu.so
 
 # docs/coverage.md: which of timm's architectures are served, by how much their outputs differ.
 coverage: $(STAMP)

@@ -16,7 +16,8 @@ struct Identity {
 
 // A panel's columns of the output: `width` of them, from `column`.
 struct Columns {
-  Columns(const PanelProduct& product, Size column) : p(product), first(column), width(std::min(kWide, p.width - column)) {
+  Columns(const PanelProduct& product, Size column)
+      : p(product), first(column), width(std::min(kWide, p.width - column)) {
     for (Size i = 0; i < kWide; ++i) {
       bias[i] = p.bias && i < width ? p.bias[first + i] : 0.0f;
       scale[i] = p.scale && i < width ? p.scale[first + i] : 1.0f;

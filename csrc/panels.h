@@ -1,11 +1,13 @@
 // A product of float32 on a CPU: out = residual + scale * activation(x weight^T + bias).
 //
 // A panel is sixteen of the weight's rows, or thirty-two with AVX-512, one column after the other: [K, 16]. Six rows
-// of x by a panel (eight by the wider one) have their sums in registers, and every number of both is read from a cache that is near: rows of x, where they lie, from the second level, a panel's part from
-// the first. With AVX2 that reaches nine tenths of the peak, where MKL and oneDNN reach seven or eight.
+// of x by a panel (eight by the wider one) have their sums in registers, and every number of both is read from a cache
+// that is near: rows of x, where they lie, from the second level, a panel's part from the first. With AVX2 that reaches
+// nine tenths of the peak, where MKL and oneDNN reach seven or eight.
 //
-// The weight is read as it is, [D, K]: a panel's part is laid out when the rows of a share are to be multiplied by it,
-// which takes as long as four to six of the rows. Or it was laid out before, in panels of sixteen rows [D / 16, K, 16].
+// The weight is read as it is, [D, K]: a panel's part is laid out when a share's rows are to be multiplied by it, which
+// takes as long as four to six of the rows (docs/notes/row_major_products.md). Or it was laid out before, in panels of
+// sixteen rows [D / 16, K, 16].
 #pragma once
 
 #include <cstdint>

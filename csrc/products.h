@@ -1,5 +1,5 @@
-// The matrix products. products_cpu.cpp (panels.h, oneDNN and ATen) and products_cublaslt.cpp hold one each, but folded_linear's
-// for a GPU is in fused_products.cpp.
+// The matrix products. products_cpu.cpp (panels.h, oneDNN and ATen) and products_cublaslt.cpp hold one each, but
+// folded_linear's for a GPU is in fused_products.cpp.
 //
 // x is [T, K] and weight [D, K], Linear's layout, in one dtype; bias is [D] or absent. On a CPU a weight may be
 // one that oneDNN packed, or in panels.

@@ -126,7 +126,9 @@ struct Beside {
 void multiply_into(Tensor out, const Tensor& x, const Tensor& weight, const Beside& beside) {
   if (out.numel() == 0) return;
   const bool in_panels = has_panels(weight);
-  const auto ready = [](const OptionalTensor& t) { return t ? OptionalTensor(packed(as_dtype(*t, ScalarType::Float))) : t; };
+  const auto ready = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(packed(as_dtype(*t, ScalarType::Float))) : t;
+  };
   const Tensor rows = packed(x), matrix = in_panels ? packed(weight) : weight;
   const OptionalTensor bias = ready(beside.bias), scale = ready(beside.scale), residual = ready(beside.residual);
   const auto floats = [](const OptionalTensor& t) {

@@ -36,7 +36,8 @@ inline __attribute__((always_inline)) void multiply_rows(const float* x, Size st
   Vector sums[kHeight][2] = {};
   for (Size step = 0; step < depth; ++step) {
     __builtin_prefetch(panel + kAhead * kWide);
-    const Vector left = *reinterpret_cast<const Vector*>(panel), right = *reinterpret_cast<const Vector*>(panel + kHalf);
+    const Vector left = *reinterpret_cast<const Vector*>(panel);
+    const Vector right = *reinterpret_cast<const Vector*>(panel + kHalf);
 #pragma GCC unroll 12
     for (Size i = 0; i < kHeight; ++i) {
       sums[i][0] += rows[i][step] * left;
@@ -90,7 +91,9 @@ inline void interleave(const float* rows, Size stride, Size width, Size depth, f
   for (; width == kWide && step + kLine <= depth; step += kLine) {
     for (Size i = 0; i < kWide; i += 4) {
 #pragma GCC unroll 4
-      for (Size j = step; j < step + kLine; j += 4) interleave_four(rows + i * stride + j, stride, panel + j * kWide + i);
+      for (Size j = step; j < step + kLine; j += 4) {
+        interleave_four(rows + i * stride + j, stride, panel + j * kWide + i);
+      }
     }
   }
   for (; step < depth; ++step) {

@@ -71,7 +71,8 @@ def _product(rows: int, *widths: int) -> tuple[torch.Tensor, list[torch.Tensor],
 def _several() -> None:
     """Several weights, as they lie, give their outputs side by side."""
     x, weights, biases = _product(250, 48, 40, 33)
-    out, _ = native.ops.layer_norm_linear_fwd(x, None, None, weights, biases, 1e-6, "layer_norm", [], False, False)
+    options = (1e-6, "layer_norm", [], False, False)
+    out, _ = native.ops.layer_norm_linear_fwd(x, None, None, weights, biases, *options)
     normalised = F.layer_norm(x.double(), (300,), eps=1e-6)
     _near(out, F.linear(normalised, torch.cat(weights).double(), torch.cat(biases).double()))
 

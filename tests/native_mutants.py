@@ -104,9 +104,9 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("bias dropped", _ADDED, _ADDED.replace("dense(bias)", "OptionalTensor()"), "residual"),
         ("tanh for erf", '"gelu", "none"', '"gelu", "tanh"', "mlp"),
         ("relu for silu", '"swish"', '"relu"', "mlp, silu"),
-        ("LayerScale forgotten", "{bias, layer_scale, residual, {}}", "{bias, {}, residual, {}}", "LayerScale"),
+        ("LayerScale forgotten", "{bias, layer_scale, residual,", "{bias, {}, residual,", "LayerScale"),
         ("the second block of rows again", "share / parts * rows,", "rows,", "several weights"),
-        ("a weight without gaps", "in_panels ? 0 : matrix.stride(0)", "in_panels ? 0 : out.size(1)", "LayerScale"),
+        ("a weight's rows too near", "in_panels ? 0 : matrix.stride(0)", "out.size(1)", "LayerScale"),
         ("a slice without gaps", "out.stride(0), in_panels", "out.size(1), in_panels", "several weights"),
     ],
     "panels.cpp": [

@@ -35,17 +35,8 @@ FORMS = ("as it is", "in panels")
 
 def compiled(level, folder, sources=CSRC, optimised="-O3"):
     library = folder / f"panels_{level}.so"
-    flags = [
-        "-std=c++17",
-        optimised,
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        *libraries.LOOP_FLAGS,
-    ]
-    flags += [*libraries.LEVELS[level], f"-DFASTVIT_LEVEL={level}", f"-I{sources}"]
+    flags = ["-std=c++17", optimised, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += [*libraries.LOOP_FLAGS, *libraries.LEVELS[level], f"-DFASTVIT_LEVEL={level}", f"-I{sources}"]
     subprocess.run([COMPILER, *flags, str(TESTS / "panel_calls.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
@@ -65,13 +56,8 @@ def multiplied(library, request):
 
 def case(rows, depth, width):
     generator = torch.Generator().manual_seed(rows * depth + width)
-    sizes = {
-        "x": (rows, depth),
-        "weight": (width, depth),
-        "bias": width,
-        "scale": width,
-        "residual": (rows, width),
-    }
+    sizes = {"x": (rows, depth), "weight": (width, depth), "residual": (rows, width)}
+    sizes |= {"bias": width, "scale": width}
     made = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     return made | {"weight": made["weight"] * depth**-0.5}
 
@@ -79,7 +65,7 @@ def case(rows, depth, width):
 def multiply(
     library, form, x, weight, bias=None, scale=None, residual=None, activation=None, shares=1, height=216
 ):
-    """By so many shares of the columns and of blocks so high. What lies around the weight and the output is nan."""
+    """By so many shares of the columns and of blocks so high. Around the weight and the output is nan."""
     (rows, depth), width = x.shape, len(weight)
     room = torch.full((rows + 2, width + 5), torch.nan)
     if form == "in panels":
@@ -212,20 +198,21 @@ class Mutant(NamedTuple):
     new: str
 
 
+SCALED = "scale[i] * Function::value(sums[i] + bias[i])"
 MUTANTS = [
     Mutant("panels.cpp", "sums forgotten", "if (begin != 0) {", "if (false) {"),
     Mutant("panels.cpp", "sums of before", "if (begin != 0) {", "if (true) {"),
     Mutant("panels.cpp", "finished too early", "if (begin + depth != p.depth) {", "if (depth < 0) {"),
     Mutant("panels.cpp", "always the first strip", "p.x + row * p.depth + begin", "p.x + begin"),
     Mutant("panels.cpp", "always the first part", "p.x + row * p.depth + begin", "p.x + row * p.depth"),
-    Mutant("panels.cpp", "the part before, in panels", "column * p.depth + begin * kWide", "column * p.depth"),
-    Mutant("panels.cpp", "the part before, as it is", "column * stride + begin)", "column * stride)"),
+    Mutant("panels.cpp", "the first part, in panels", "column * p.depth + begin * kWide", "column * p.depth"),
+    Mutant("panels.cpp", "the first part, as it is", "column * stride + begin)", "column * stride)"),
     Mutant("panels.cpp", "bias of another panel", "p.bias[first + i]", "p.bias[i]"),
     Mutant("panels.cpp", "LayerScale of another panel", "p.scale[first + i]", "p.scale[i]"),
     Mutant("panels.cpp", "rows of out without a gap", "p.out + row * p.out_stride", "p.out + row * p.width"),
-    Mutant("panels.cpp", "activation of the whole sum", "residual[i] + scale[i] * Function::value(sums[i] + bias[i])",
+    Mutant("panels.cpp", "activation of the whole sum", f"residual[i] + {SCALED}",
            "Function::value(residual[i] + scale[i] * (sums[i] + bias[i]))"),
-    Mutant("panels.cpp", "LayerScale of the whole sum", "residual[i] + scale[i] * Function::value(sums[i] + bias[i])",
+    Mutant("panels.cpp", "LayerScale of the whole sum", f"residual[i] + {SCALED}",
            "scale[i] * (residual[i] + Function::value(sums[i] + bias[i]))"),
     Mutant("strip.h", "two steps exchanged", "step(1) = FASTVIT_SHUFFLE(ab, cd, 2, 3, 6, 7)",
            "step(1) = FASTVIT_SHUFFLE(ab, cd, 2, 3, 7, 6)"),
@@ -247,4 +234,5 @@ def test_faults_show(mutant, tmp_path):
     given = case(200, 300, 48) | {"activation": "gelu"}
     truth = expected(**given)
     with pytest.raises(AssertionError):
-        assert all([right(multiply(library, form, **given), truth) for form in FORMS])
+        for form in FORMS:
+            assert right(multiply(library, form, **given), truth)

@@ -47,7 +47,8 @@ def fwd(x, norm, weights, biases, save=False):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("save", [False, True])
 def test_several_weights_are_side_by_side(_threads, dtype, rows, save):
-    x, norm, (weights, biases) = of(dtype, 1, rows, 48), (of(dtype, 48), of(dtype, 48)), weights_and_biases(dtype)
+    x, norm = of(dtype, 1, rows, 48), (of(dtype, 48), of(dtype, 48))
+    weights, biases = weights_and_biases(dtype)
     out, saved = fwd(x, norm, weights, biases, save)
     normalised = F.layer_norm(x.double(), (48,), *wide(*norm), 1e-6)
     products = zip(wide(*weights), wide(*biases), strict=True)
@@ -59,7 +60,8 @@ def test_several_weights_are_side_by_side(_threads, dtype, rows, save):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_weights_of_any_strides(rows):
-    x, norm, (weights, biases) = of(torch.float32, 1, rows, 48), (None, None), weights_and_biases(torch.float32)
+    x, norm = of(torch.float32, 1, rows, 48), (None, None)
+    weights, biases = weights_and_biases(torch.float32)
     apart = [torch.full((len(w), 50), torch.nan)[:, 1:-1].copy_(w) for w in weights]
     turned = [w.T.contiguous().T for w in weights]
     spread = [torch.full((len(w), 96), torch.nan)[:, ::2].copy_(w) for w in weights]
@@ -88,7 +90,8 @@ def test_layer_scale_as_a_vector(_threads, dtype, rows):
 
 
 def test_layer_scale_of_another_dtype():
-    x, weight, residual = of(torch.float32, 1, 40, 48), of(torch.float32, 33, 48), of(torch.float32, 1, 40, 33)
+    x, weight = of(torch.float32, 1, 40, 48), of(torch.float32, 33, 48)
+    residual = of(torch.float32, 1, 40, 33)
     scale = of(torch.bfloat16, 33)
     out, _ = native.ops.linear_residual_fwd(x, weight, None, residual, scale, None, False, False)
     near(out, residual.double() + scale.double() * F.linear(x.double(), weight.double()))
