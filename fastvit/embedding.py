@@ -33,10 +33,10 @@ class Embedding:
                 x = ops.patch_embed(images, *parts, mean=settings.mean, std=settings.std)
             x = x if positions is None else self.pos_drop(x)
         else:
-            ran_its_own_forward(
-                why_unfused()
-                or "its patch embedding, or something in it, is not plain; or it drops tokens and has no prefix"
+            not_plain = (
+                "its patch embedding, or something in it, is not plain, or drops tokens without a prefix"
             )
+            ran_its_own_forward(why_unfused() or not_plain)
             x = self._pos_embed(embed(settings.normalized(images, embed)))
         return self.norm_pre(self.patch_drop(x))
 

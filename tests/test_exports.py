@@ -130,7 +130,7 @@ def test_a_backend_that_is_named_stays_in_the_program(recorded, strict, tmp_path
         program = torch.export.export(fast, (X,), strict=strict)
     ops = [node for node in program.graph.nodes if "fastvit" in str(node.target)]
     assert len(ops) == 4 * len(fast.blocks)
-    # What an op saves for gradients nobody reads in a program: at such an output AOTInductor's packages crash.
+    # What an op saves for gradients nobody reads in a program: there AOTInductor's packages crash.
     for node in ops:
         names = [argument.name for argument in node.target._schema.arguments]
         assert not dict(zip(names, node.args, strict=False)).get("save")
