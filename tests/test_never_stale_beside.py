@@ -6,9 +6,12 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from native_calls import needs_library
 from tiny_twins import assert_close, assert_same_weights, images, output, pair, served_by
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_leaves
 from weight_writers import WRITERS
 from writing import delta, edited
@@ -48,36 +51,50 @@ def alive(references):
     return sum(reference() is not None for reference in references)
 
 
-# Triton's kernel reads mean and std out of its own copy of the projection; here by the interpreter.
-@pytest.mark.parametrize("kernel", ["reference", "triton"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["timm", "own"])
+PIXELS = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = {
+    "bytes": PIXELS,
+    "floats": PIXELS / 255,
+    "floats, channels last": (PIXELS / 255).to(memory_format=torch.channels_last),
+}
+
+
+def agree(ours, twin, given):
+    """One normalises what it is given, the other is given it normalised."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    with torch.no_grad():
+        # Not by `output`, which makes floats of bytes.
+        assert_close(ours(given), output(twin, (PIXELS / 255 - mean) / std))
+
+
+# Triton's kernel, here by the interpreter, reads mean and std out of a copy of the projection.
 @pytest.mark.parametrize(
-    "writer", ["in place", "torch_ema", "data, half of it", "another process", "half and back"]
+    ("kernel", "given"),
+    [("reference", "bytes"), ("triton", "bytes"), ("triton", "floats, channels last")],
 )
-def test_a_model_that_normalises_follows_its_weights(family, mode, writer, kernel):
+@pytest.mark.parametrize("writer", ["in place", "torch_ema", "another process", "data of vectors alone"])
+@pytest.mark.parametrize(("family", "mode"), [("timm", "train"), ("timm", "inference"), ("own", "train")])
+def test_a_model_that_normalises_follows_its_weights(family, mode, writer, given, kernel):
     ours, twin = pair(family, mode)
     fastvit.fold_normalize(ours, MEAN, STD)
-    pixels = torch.rand(X.shape, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     with served_by("reference"), fastvit.use_backend(patch_embed=kernel):
-        assert_close(computes(ours, pixels), computes(twin, (pixels - mean) / std))
+        for _ in range(2):
+            agree(ours, twin, IMAGES[given])
         for fast, plain in zip(WRITERS[writer](ours), WRITERS[writer](twin), strict=True):
             assert_same_weights(fast, plain)
-            assert_close(computes(fast, pixels), computes(plain, (pixels - mean) / std))
+            agree(fast, plain, IMAGES[given])
 
 
-def test_one_number_of_a_projection_that_normalises():
+@pytest.mark.parametrize("given", IMAGES)
+def test_one_number_of_a_projection_that_normalises(given):
     ours, twin = pair("timm")
     fastvit.fold_normalize(ours, MEAN, STD)
-    pixels = torch.rand(X.shape, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     with served_by("reference"), fastvit.use_backend(patch_embed="triton"):
         for at in (0, 777, -1):
-            assert_close(computes(ours, pixels), computes(twin, (pixels - mean) / std))
+            agree(ours, twin, IMAGES[given])
             for model in (ours, twin):
                 model.patch_embed.proj.weight.data.view(-1)[at] += 1
-        assert_close(computes(ours, pixels), computes(twin, (pixels - mean) / std))
+        agree(ours, twin, IMAGES[given])
 
 
 @needs_library()
@@ -199,3 +216,26 @@ def test_refresh_of_a_model_mends_it_and_leaves_others_alone(family, mode, backe
         fastvit.refresh(ours)
         assert_close(computes(ours), computes(twin))
         assert_close(computes(other), computes(same))
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@needs_library()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["timm", "timm, q, k, v apart"])
+def test_a_sharded_model_that_keeps_its_gathered_weights_follows_what_it_loads(family, mode, cpp, mesh):
+    both = pair(family, mode)
+    for model in both:
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    for _ in range(5):
+        for _ in range(2):
+            assert_close(*map(computes, both))
+        for model in both:
+            model.load_state_dict({name: 1.25 * value for name, value in model.state_dict().items()})
