@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from accelerated import close, fallbacks, images, pair, run
+from accelerated import SMALL, close, fallbacks, images, pair, run
 
 import fastvit
 from fastvit import derived
@@ -135,3 +135,20 @@ def test_a_bias_that_is_zeros_is_joined_once():
     assert again[1] is bias
     layers[2].bias.add_(1)
     assert torch.equal(joined_projections(layers)[1][8:], layers[2].bias)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["fastvit", "timm"])
+def test_a_replica_that_normalises_has_no_parameters_to_ask(own):
+    """nn.DataParallel's replicas keep tensors in the place of parameters; FSDP's are of another shape."""
+    model, fast = pair()
+    if own:
+        fast = fastvit.VisionTransformer(**SMALL, init_values=0.1).eval()
+        fast.load_state_dict(model.state_dict())
+    fastvit.fold_normalize(fast, (0.5,) * 3, (0.5,) * 3)
+    fast.patch_embed.proj.register_forward_hook(lambda *_: None)  # so that the op does not serve
+    for module in fast.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            module.__dict__[name] = None if parameter is None else parameter.detach()
+    raw = (X * 50 + 128).clamp(0, 255).to(torch.uint8)
+    close(fast(raw), model((raw / 255 - 0.5) / 0.5))
