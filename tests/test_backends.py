@@ -1,7 +1,6 @@
 """Which backend an op runs on: the table, `use_backend`, and what is said about it."""
 
 import logging
-import sys
 import threading
 
 import op_cases
@@ -145,48 +144,6 @@ def test_one_object_is_entered_within_itself(table):
         assert resolve("attention") == "cuda"
     assert resolve("attention") == "cuda"
     assert frames.stack == []
-
-
-def test_threads_enter_and_leave_without_harm():
-    """Of six that do nothing else, each sees what it entered innermost, or another's; and nothing stays."""
-    shared, failures = use_backend("reference"), []
-
-    def work():
-        try:
-            for _ in range(300):
-                with use_backend("cpp"), shared, use_backend(attention="reference"):
-                    assert backends.requested("attention") in ("reference", "cpp")
-        except Exception as error:
-            failures.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not failures
-    assert frames.stack == []
-
-
-def test_what_a_model_is_told_holds_for_its_own_thread_alone(table):
-    entered, seen = threading.Event(), []
-
-    def other():
-        entered.wait(5)
-        seen.append(backends.requested("attention"))
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    with backends.use_backend_here("reference"):
-        entered.set()
-        thread.join()
-        assert backends.requested("attention") == "reference"
-    assert seen == ["auto"]
 
 
 def test_holds_for_other_threads():

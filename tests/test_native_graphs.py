@@ -78,6 +78,19 @@ def test_is_a_well_behaved_torch_op(op, cell, dtype):
     torch.library.opcheck(func, given)
 
 
+# As `accelerate` calls them by default: a factor of its own. Folded, which mode="inference" allows, it is
+# rounded otherwise where no gradient is recorded.
+@pytest.mark.parametrize("op", [RESIDUAL, MLP])
+def test_layer_scale_in_bfloat16_is_well_behaved_with_gradients_and_without(op):
+    call = build(op, torch.bfloat16, **FULL[op]) | {"fold": False}
+    assert call["layer_scale"] is not None
+    for func, args in registered(op, call):
+        torch.library.opcheck(func, _detached(args))
+        if func._schema.name.endswith("fwd"):
+            needed = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in _detached(args)]
+            torch.library.opcheck(func, needed)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_whole_and_once_for_every_batch(op, training):

@@ -1,5 +1,6 @@
 """Threads that run, record, accelerate and restore at the same time."""
 
+import sys
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from accelerated import images, pair, run
 from library_models import open_clip_model, torchvision_model
 
 import fastvit
-from fastvit import measurements, ops, recording
+from fastvit import backends, frames, measurements, ops, recording, use_backend
 from fastvit.layers.settings import Settings
 
 
@@ -59,6 +60,38 @@ def test_questions_are_heard_by_the_innermost_that_listens_in_their_thread():
     assert (len(outer), len(inner)) == (2, 1)
     measurements.refusal(*QUESTION)
     assert (len(outer), len(inner)) == (2, 1)
+
+
+def test_threads_enter_and_leave_without_harm():
+    """Of six that do nothing else, each sees what it entered innermost, or another's; and nothing stays."""
+    shared, failures = use_backend("reference"), []
+
+    def work():
+        try:
+            for _ in range(300):
+                with use_backend("cpp"), shared, use_backend(attention="reference"):
+                    assert backends.requested("attention") in ("reference", "cpp")
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert frames.stack == []
+
+
+def test_what_a_model_is_told_holds_for_its_own_thread_alone():
+    with backends.use_backend_here("reference"):
+        assert in_another_thread(lambda: backends.requested("attention")) == "auto"
+        assert backends.requested("attention") == "reference"
 
 
 def transformers_model(kind):
