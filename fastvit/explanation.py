@@ -112,8 +112,7 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
     load_families()
     with assume_arch(arch):
         runs = [_run("", model, x, arch)] if x is not None else _runs_on_images(model, arch)
-    args, kwargs = ((), {}) if x is None else as_call(x)
-    flops = {} if x is None else _flops(model, args, kwargs)
+    flops = {} if x is None else _flops(model, *as_call(x))
     events = [event for _, found in runs for event in found]
     left = {name: reason for name, module in model.named_modules() if (reason := why_left_alone(module))}
     left |= own_embeddings_of(model) | typed_weights_of(model)
@@ -126,15 +125,13 @@ def explain(model: nn.Module, x: Inputs | None = None, arch: str | None = None) 
             row = Row(event.module, event.op or "forward", event.backend, event.accelerated, event.reason)
             rows.append(row)
     reached = {row.module for row in rows}
-    rows += [Row(name, "forward", "none", False, NOT_RUN) for name in blocks if name not in reached]
+    not_run = "a call with these inputs does not run it"
+    rows += [Row(name, "forward", "none", False, not_run) for name in blocks if name not in reached]
     served = {name for name in blocks if _is_served(name, rows, events)}
     rows = sorted(dict.fromkeys(rows), key=_order(model))
     shares = Coverage(len(served) / len(blocks) if blocks else 0.0, _share(served, flops))
     compiler = "" if arch else _of_the_compiler(model, blocks)
     return Explanation(tuple(rows), shares, compiler, " and ".join(filter(None, parts)))
-
-
-NOT_RUN = "it is not run by a call with this x"
 
 
 def _run(name: str, model: nn.Module, x: Inputs, arch: str | None) -> tuple[str, list[Event]]:
