@@ -248,7 +248,7 @@ _FOLDED = {
         ("sums of the weight before rounding", "ready.double().sum(1)", "(wide * norm_weight).sum(1)", "100"),
         ("the norm's bias dropped", "wide @ norm_bias.double()", "0 * sums", "plain"),
         ("bias from the folded weight", "wide @ norm_bias", "ready.double() @ norm_bias", "plain"),
-        ("bias dropped", "copy[2] + bias", "copy[2]", "plain"),
+        ("bias dropped", "copy[2] + joined(biases)", "copy[2]", "plain"),
         ("the norm's weight dropped", "wide * norm_weight.double()", "wide", "plain"),
         (
             "a source forgotten",

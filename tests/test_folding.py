@@ -55,7 +55,8 @@ def in_kernels(fc1, folded, given, norm, activation):
 
 def of(given):
     """The arguments of native.folded before the dtype."""
-    return given["norm_weight"], given["norm_bias"], (given["weight"],), (given["bias"],)
+    biases = () if given["bias"] is None else (given["bias"],)
+    return given["norm_weight"], given["norm_bias"], (given["weight"],), biases
 
 
 def check(fc1, folded, given, norm="layer_norm", activation=None):

@@ -42,7 +42,8 @@ def computes(model, x=X):
 
 def kept():
     """Weak references to all tensors that are kept of weights."""
-    return [weakref.ref(leaf) for leaf in tree_leaves(derived.everything()) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves([copy.value for copy in derived.everything()])
+    return [weakref.ref(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def alive(references):

@@ -71,6 +71,8 @@ def accelerate(
     if strict and left:
         reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left.items())
         raise ValueError(f"accelerate(strict=True) leaves blocks alone: {reasons}")
+    if mode != "inference":
+        refresh(model)  # what an earlier call had kept of its weights
     if not list(_accelerated(model, settings)):
         why = next(iter(left.values()), "it holds no block of a vision transformer that fastvit knows")
         message = f"accelerate changed nothing in {type(model).__name__}: {why}"

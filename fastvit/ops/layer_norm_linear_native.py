@@ -6,7 +6,8 @@ from torch.autograd import Function
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
 
-INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor?[] biases"
+# Biases are none, or one of each weight: torch.jit.trace has no lists of tensors that may be absent.
+INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] biases"
 
 
 def layer_norm_linear(
@@ -22,7 +23,12 @@ def layer_norm_linear(
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
     dtype = compute_dtype(weights[0])
-    inputs = (x, norm_weight, norm_bias, weights, biases)
+    if all(bias is None for bias in biases):
+        biases = ()
+    else:
+        both = zip(weights, biases, strict=True)
+        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in both]
+    inputs = (x, norm_weight, norm_bias, list(weights), list(biases))
     if registration.records_gradients(x, norm_weight, norm_bias, *weights, *biases):
         return _recorded(*inputs, eps, norm, dtype, frozen)
     return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen)[0]
@@ -32,15 +38,14 @@ def _recorded(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, froz
     """Several weights have their gradients by way of one that is made of them for this call."""
     if frozen:
         native.release(weights)
-    weight, bias = native.joined(weights), native.joined_bias(weights, biases)
-    cast = weight.to(dtype), None if bias is None else bias.to(dtype)
+    cast = native.joined(weights).to(dtype), native.joined(biases).to(dtype) if biases else None
     return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm)
 
 
 class _LayerNormLinear(Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, norm):
-        inputs = (x, norm_weight, norm_bias, [weight], [bias])
+        inputs = (x, norm_weight, norm_bias, [weight], [] if bias is None else [bias])
         out, saved = registration.call(_fwd, *inputs, eps, norm, weight.dtype, True, False)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, *saved)
         ctx.eps, ctx.norm = eps, norm
@@ -62,9 +67,9 @@ def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, s
     if frozen and native.folds("layer_norm_linear", x, weights, dtype):
         folded = native.folded(norm_weight, norm_bias, weights, biases, dtype)
     product = native.product(x, weights, biases, None, dtype, frozen)
+    biases = product.biases or [None] * len(product.weights)
     return native.ops.layer_norm_linear_fwd(
-        *(x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, save),
-        native.allows_tf32(x),
+        *(x, norm_weight, norm_bias, product.weights, biases, eps, norm, folded, save), native.allows_tf32(x)
     )
 
 
@@ -92,7 +97,7 @@ def _bwd_shapes(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs
 
 
 _fwd = registration.register(
-    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool save, bool frozen=False) "
+    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool save, bool frozen) "
     "-> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,

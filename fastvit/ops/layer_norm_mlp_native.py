@@ -95,13 +95,15 @@ def _fwd_kernels(*arguments):
     ready, scale = inputs, {"fc2": inputs.layer_scale}
     for layer in ("fc1", "fc2", "gate") if inputs.gate_weight is not None else ("fc1", "fc2"):
         weight, bias = getattr(inputs, f"{layer}_weight"), getattr(inputs, f"{layer}_bias")
-        read = native.product(inputs.x, (weight,), (bias,), scale.get(layer), dtype, frozen)
-        ready = ready._replace(**{f"{layer}_weight": read.weights[0], f"{layer}_bias": read.biases[0]})
+        biases = () if bias is None else (bias,)
+        read = native.product(inputs.x, (weight,), biases, scale.get(layer), dtype, frozen)
+        ready = ready._replace(**{f"{layer}_weight": read.weights[0], f"{layer}_bias": read.bias})
         if layer == "fc2":
             ready = ready._replace(layer_scale=read.layer_scale)
-    folded, fc1 = [], ((inputs.fc1_weight,), (inputs.fc1_bias,))
-    if frozen and activation != "swiglu" and native.folds(OP, inputs.x, fc1[0], dtype):
-        folded = native.folded(inputs.norm_weight, inputs.norm_bias, *fc1, dtype)
+    folded, weights = [], (inputs.fc1_weight,)
+    if frozen and activation != "swiglu" and native.folds(OP, inputs.x, weights, dtype):
+        biases = () if inputs.fc1_bias is None else (inputs.fc1_bias,)
+        folded = native.folded(inputs.norm_weight, inputs.norm_bias, weights, biases, dtype)
     how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
     return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, folded, save, *how)
 

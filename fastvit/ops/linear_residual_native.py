@@ -55,9 +55,10 @@ class _LinearResidual(Function):
 
 
 def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
-    (weight,), (bias,), layer_scale = native.product(x, (weight,), (bias,), layer_scale, dtype, frozen)
+    read = native.product(x, (weight,), () if bias is None else (bias,), layer_scale, dtype, frozen)
     return native.ops.linear_residual_fwd(
-        *(x, weight, bias, residual, layer_scale, sample_scale), save, native.allows_tf32(x)
+        *(x, read.weights[0], read.bias, residual, read.layer_scale, sample_scale, save),
+        native.allows_tf32(x),
     )
 
 

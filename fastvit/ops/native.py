@@ -56,17 +56,22 @@ PANEL = 16  # rows of a weight
 
 
 class Product(NamedTuple):
-    """A product as a library reads it: weights whose outputs lie side by side, biases, and LayerScale."""
+    """As a library reads it: weights whose outputs lie side by side, a bias for each or none, LayerScale."""
 
     weights: list[Tensor]
-    biases: list[Tensor | None]
+    biases: list[Tensor]
     layer_scale: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of a single weight."""
+        return self.biases[0] if self.biases else None
 
 
 def product(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
     scale: Tensor | None,
     dtype: torch.dtype,
     frozen: bool,
@@ -80,21 +85,20 @@ def product(
         copy = _frozen_product(x, weights, biases, scale, dtype)
         if copy is not None:
             return copy
-    cast = [None if bias is None else bias.to(dtype) for bias in biases]
-    return Product([weight.to(dtype) for weight in weights], cast, scale)
+    return Product([weight.to(dtype) for weight in weights], [bias.to(dtype) for bias in biases], scale)
 
 
 def _frozen_product(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
     scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Product | None:
     packs = _packing(x, weights, dtype)
     if packs is None and scale is None and len(weights) == 1 and weights[0].dtype == dtype:
         return None  # it would be the weight itself
-    bias = joined_bias(weights, biases)
+    bias = joined(biases) if biases else None
 
     def prepared() -> tuple[Tensor, Tensor | None]:
         weight = joined(weights)
@@ -107,7 +111,9 @@ def _frozen_product(
     value = kept(("product", dtype, packs), sources, prepared)
     if value is None:
         return None
-    return Product([value[0]], [value[1] if scale is not None or bias is None else bias.to(dtype)])
+    if bias is None:
+        return Product([value[0]], [])
+    return Product([value[0]], [bias.to(dtype) if scale is None else value[1]])
 
 
 def release(weights: Sequence[Tensor]) -> None:
@@ -117,23 +123,15 @@ def release(weights: Sequence[Tensor]) -> None:
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor:
-    """[a + b + ..., K] from [a, K], [b, K], ..."""
+    """[a + b + ..., K] from [a, K], [b, K], ..., and biases likewise."""
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
-
-
-def joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
-    """One bias of all, zeros where one has none; None if none has any."""
-    if all(bias is None for bias in biases):
-        return None
-    both = zip(weights, biases, strict=True)
-    return joined([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in both])
 
 
 def folded(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """What becomes of a norm and the product after it where the product is to take rows as they are:
@@ -155,8 +153,7 @@ def folded(
 
     if (copy := kept(("folded", dtype), (*weights, norm_weight, norm_bias), prepared)) is None:
         return []
-    bias = joined_bias(weights, biases)
-    return copy if bias is None else [*copy[:2], copy[2] + bias]
+    return [*copy[:2], copy[2] + joined(biases)] if biases else copy
 
 
 def _packing(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
