@@ -14,6 +14,7 @@ from accelerated import close, images, pair
 from native_calls import needs_library
 from test_graphs import model as own_model
 from test_transforms import Tokens
+from torch._dynamo.backends.common import aot_autograd
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 
@@ -98,7 +99,7 @@ def test_a_cold_model_is_traced(backend):
 @pytest.mark.parametrize("backend", ["auto", "cpp"])
 def test_a_traced_model_is_saved_and_follows_its_weights(both, recorded, backend, eager, tmp_path):
     model, fast = both
-    # Unchecked: torch's check traces again without gradients, where torchvision's attention takes another path.
+    # Unchecked: torch's check traces again without gradients, where torchvision's attention is another.
     with fastvit.use_backend(backend):
         traced = torch.jit.trace(fast, (X,), check_trace=False)
     assert bool(_ours(traced.inlined_graph)) == (backend == "cpp")
@@ -180,7 +181,7 @@ def test_torch_compile_keeps_the_ops(eager):
         return graph
 
     with torch.no_grad():
-        backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=seen)
+        backend = aot_autograd(fw_compiler=seen)
         torch.compile(pair()[1], fullgraph=True, backend=backend)(X)
     assert sum("fastvit" in str(node.target) for graph in graphs for node in graph.graph.nodes) >= 8
 
