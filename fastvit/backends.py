@@ -131,9 +131,8 @@ class use_backend:
     setting holds for the whole process, not for one thread; and for what a checkpoint computes again in
     backward, if it held there in the forward.
 
-    torch.export, torch.onnx.export and torch.jit.trace make programs for places where fastvit may be absent:
-    they hold torch's own ops, and fastvit's where a backend is named here as they are made. Whoever runs such
-    a program then imports fastvit first. ONNX has no such ops, and naming a kernel raises.
+    What torch.export, torch.onnx.export and torch.jit.trace make holds torch's own ops, and fastvit's only
+    where a backend is named: who runs that imports fastvit first, and ONNX refuses it.
 
     Raises:
         ValueError: for an unknown op or backend.
@@ -221,8 +220,7 @@ def resolve(op: str, *args, **kwargs) -> str:
         if name not in ("auto", "reference"):
             raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
         return _chosen(op, _REFERENCE, *args, **kwargs)
-    if name == "auto" and exporting():
-        name = "reference"
+    name = "reference" if name == "auto" and exporting() else name
     for row in TABLE[op]:
         if name not in ("auto", row.name):
             continue
@@ -285,10 +283,8 @@ def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
 def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
     if requested(op) == chosen:
         return "asked for by name"
-    if _disabled:
-        return "FASTVIT_DISABLE is set"
-    if why := exporting():
-        return why
+    if _disabled or exporting():
+        return "FASTVIT_DISABLE is set" if _disabled else exporting()
     passed = []
     for row in TABLE[op]:
         if row.name == chosen:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import (
@@ -18,7 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from .. import backends, recording
-from ..call_facts import exporting, transformed
+from ..call_facts import exporting
 from ..ops.overrides import overridden
 
 # Classes by what they compute. Other libraries' are added to such tables when their models are accelerated.
@@ -132,9 +133,16 @@ def why_unfused() -> str | None:
     Tools on torch.fx look for modules; programs that are exported are to be those of the original model, and
     so are derivatives, unless a kernel is named: the ops then answer for themselves.
     """
-    if not torch.compiler.is_compiling() and is_fx_symbolic_tracing():
+    # Asked once or twice a block, and so without the functions of call_facts that ask the same.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_fx_symbolic_tracing():
         return "torch.fx is tracing, and its tools look for modules"
-    reason = exporting() or ("it is inside a transform of torch.func" if transformed() else None)
+    if compiling or torch._C._get_tracing_state() is not None:
+        reason = exporting()
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        reason = "it is inside a transform of torch.func"
+    else:
+        return None
     return reason if reason and not backends.names_a_kernel() else None
 
 
