@@ -128,9 +128,7 @@ class use_backend:
     A backend named here never falls back: where it cannot run, the op raises ``BackendUnavailable``
     with the reason. Ops that have no backend of that name resolve as "auto", and so do calls of attention
     that "cpp" does not serve unless it is named for attention itself: it is for inference in float32. The
-    setting holds for the whole process, not for one thread; and for what a checkpoint computes again in
-    backward, if it held there in the forward.
-
+    setting holds for the whole process, and for what a checkpoint whose forward was inside computes again.
     What torch.export, torch.onnx.export and torch.jit.trace make holds torch's own ops, and fastvit's only
     where a backend is named: who runs that imports fastvit first, and ONNX refuses it.
 
@@ -216,11 +214,9 @@ def resolve(op: str, *args, **kwargs) -> str:
         BackendUnavailable: if a backend was named and cannot run here.
     """
     name, itself = _asked(op)
-    if _disabled:
-        if name not in ("auto", "reference"):
-            raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
-        return _chosen(op, _REFERENCE, *args, **kwargs)
-    name = "reference" if name == "auto" and exporting() else name
+    if _disabled and name not in ("auto", "reference"):
+        raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but FASTVIT_DISABLE is set")
+    name = "reference" if name == "auto" and (_disabled or exporting()) else name
     for row in TABLE[op]:
         if name not in ("auto", row.name):
             continue
@@ -283,8 +279,8 @@ def describe(*args, **kwargs) -> list[tuple[str, str, str]]:
 def _why(op: str, chosen: str, hint: str, *args, **kwargs) -> str:
     if requested(op) == chosen:
         return "asked for by name"
-    if _disabled or exporting():
-        return "FASTVIT_DISABLE is set" if _disabled else exporting()
+    if why := "FASTVIT_DISABLE is set" if _disabled else exporting():
+        return why
     passed = []
     for row in TABLE[op]:
         if row.name == chosen:

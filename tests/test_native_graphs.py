@@ -82,7 +82,7 @@ def test_is_a_well_behaved_torch_op(op, cell, dtype):
 # rounded otherwise where no gradient is recorded.
 @pytest.mark.parametrize("op", [RESIDUAL, MLP])
 def test_layer_scale_in_bfloat16_is_well_behaved_with_gradients_and_without(op):
-    call = build(op, torch.bfloat16, **FULL[op]) | {"fold": False}
+    call = build(op, torch.bfloat16, **FULL[op]) | {"frozen": False}
     assert call["layer_scale"] is not None
     for func, args in registered(op, call):
         torch.library.opcheck(func, _detached(args))

@@ -45,7 +45,7 @@ class Told:
             part = model.get_submodule(name)
             assert is_replaced(part) == (mode is not None)
             assert ("_fastvit" in vars(part)) == (mode is not None)
-            assert mode is None or part._fastvit.fold == (mode == "inference")
+            assert mode is None or part._fastvit.frozen == (mode == "inference")
         assert is_the_librarys(model) == (not any(self.modes.values()))
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         with torch.no_grad(), fastvit.use_backend(**dict.fromkeys(BLOCK_OPS, "cpp")):

@@ -65,7 +65,7 @@ def test_what_is_told_again_beneath_a_parametrization():
     for each in (model, fast):
         parametrize.register_parametrization(each.blocks[0], "gamma_1", Half())
     fastvit.accelerate(fast, mode="inference", strict=True)
-    assert {block._fastvit.fold for block in fast.blocks} == {True}
+    assert {block._fastvit.frozen for block in fast.blocks} == {True}
     close(outputs(fast, call), outputs(model, call))
 
 

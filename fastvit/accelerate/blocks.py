@@ -13,7 +13,7 @@ from .registry import Replacement, library_class
 class FusedBlock(Replacement):
     """Mixed into a library's block: the fused ops, or its own forward where something inside is not plain."""
 
-    def gather(self, fold: bool, *args, **kwargs) -> tuple[AttentionHalf, MlpHalf, dict]:
+    def gather(self, frozen: bool, *args, **kwargs) -> tuple[AttentionHalf, MlpHalf, dict]:
         """Both halves, and the options of attention, of a call with these arguments.
 
         Raises:
@@ -30,7 +30,7 @@ class FusedBlock(Replacement):
                 raise_if_unfused()
                 if isinstance(x, Tensor) and x.ndim != 3:
                     raise Unfused(f"it is called with {x.ndim} dimensions, not [B, N, D]")
-                attention, mlp, options = kind.gather(self, settings.fold, *args, **kwargs)
+                attention, mlp, options = kind.gather(self, settings.frozen, *args, **kwargs)
             except Unfused as reason:
                 ran_its_own_forward(reason)
             except (AttributeError, TypeError):  # of methods that went with the class, exchanged meanwhile

@@ -34,7 +34,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
 
     def gather(
         self,
-        fold: bool,
+        frozen: bool,
         k_x: Tensor | None = None,
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,
@@ -42,7 +42,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
         if k_x is not None or v_x is not None:
             raise Unfused("its keys and values are of other tokens")
         norm = norm_arguments(self, "ln_1")
-        attention = attention_half(self, "attn", norm, Branch(layer_scale(self, "ls_1"), fold=fold))
+        attention = attention_half(self, "attn", norm, Branch(layer_scale(self, "ls_1"), frozen=frozen))
         mlp = plain_child(self, "mlp", (nn.Sequential,))
         arguments = _mlp_arguments(mlp, norm_arguments(self, "ln_2"))
         if attn_mask is not None:
@@ -50,7 +50,7 @@ class ResidualAttentionBlock(FusedBlock, transformer.ResidualAttentionBlock):
             attn_mask = mask_of_heads(attn_mask.to(attention.qkv_weight.dtype), self.attn.num_heads)
         return (
             attention,
-            MlpHalf(arguments, Branch(layer_scale(self, "ls_2"), fold=fold)),
+            MlpHalf(arguments, Branch(layer_scale(self, "ls_2"), frozen=frozen)),
             {"attn_mask": attn_mask},
         )
 

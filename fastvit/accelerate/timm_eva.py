@@ -30,7 +30,11 @@ for _layer in classes(eva, "EvaBlockPostNorm"):
 @replaces(eva.EvaBlock)
 class EvaBlock(FusedBlock, eva.EvaBlock):
     def gather(
-        self, fold: bool, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        frozen: bool,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
         attn = plain_child(self, "attn", ATTENTIONS)
         if attn._modules.get("gate") is not None:
@@ -41,10 +45,10 @@ class EvaBlock(FusedBlock, eva.EvaBlock):
         weight, bias = _qkv(attn)
         proj = weight_and_bias(plain_child(attn, "proj", LINEARS))
         norm = norm_arguments(self, "norm1").beside(weight)
-        branch = Branch(self.gamma_1, plain_child(self, "drop_path1", DROP_PATHS), fold)
+        branch = Branch(self.gamma_1, plain_child(self, "drop_path1", DROP_PATHS), frozen)
         attention = AttentionHalf(norm, weight, bias, between_projections(attn), *proj, branch)
         mlp = plain_child(self, "mlp", MLPS)
-        branch = Branch(self.gamma_2, plain_child(self, "drop_path2", DROP_PATHS), fold)
+        branch = Branch(self.gamma_2, plain_child(self, "drop_path2", DROP_PATHS), frozen)
         arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm2"))
         options = {"attn_mask": attn_mask, "is_causal": is_causal, **_rotary(attn, rope)}
         return attention, MlpHalf(arguments, branch), options

@@ -29,11 +29,11 @@ MLP_HALVES: dict[type[nn.Module], Callable[[nn.Module, bool], Callable[[Tensor],
 @replaces(vision_transformer.Block)
 class Block(FusedBlock, vision_transformer.Block):
     def gather(
-        self, fold: bool, attn_mask: Tensor | None = None, is_causal: bool = False
+        self, frozen: bool, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
         options = {"attn_mask": attn_mask, "is_causal": is_causal}
         mlp = MLP_HALVES.get(type(self._modules["mlp"]), mlp_half)
-        return attention_half(self, fold), mlp(self, fold), options
+        return attention_half(self, frozen), mlp(self, frozen), options
 
 
 @replaces(vision_transformer.VisionTransformer)

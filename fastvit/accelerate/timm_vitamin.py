@@ -44,7 +44,7 @@ class GeGluHalf(NamedTuple):
         return ops.linear_residual(h, self.fc2_weight, self.fc2_bias, x, **branch, validate=False)
 
 
-def geglu_half(block: nn.Module, fold: bool) -> GeGluHalf:
+def geglu_half(block: nn.Module, frozen: bool) -> GeGluHalf:
     """The MLP's half of a ViTamin's block.
 
     Raises:
@@ -58,7 +58,7 @@ def geglu_half(block: nn.Module, fold: bool) -> GeGluHalf:
     weight, bias = joined_projections([plain_child(mlp, name, LINEARS) for name in ("w0", "w1")])
     fc2 = weight_and_bias(plain_child(mlp, "w2", LINEARS))
     norm = norm_arguments(mlp, "norm").beside(weight)
-    branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), fold)
+    branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), frozen)
     return GeGluHalf(outer_norm, norm, weight, bias, mlp.act, *fc2, branch)
 
 

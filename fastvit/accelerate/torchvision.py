@@ -25,11 +25,17 @@ class EncoderBlock(FusedBlock, vision_transformer.EncoderBlock):
     def forward(self, input: Tensor) -> Tensor:
         return FusedBlock.forward(self, input)
 
-    def gather(self, fold: bool) -> tuple[AttentionHalf, MlpHalf, dict]:
+    def gather(self, frozen: bool) -> tuple[AttentionHalf, MlpHalf, dict]:
         idle_child(self, "dropout")
-        attention = attention_half(self, "self_attention", norm_arguments(self, "ln_1"), Branch(fold=fold))
+        attention = attention_half(
+            self, "self_attention", norm_arguments(self, "ln_1"), Branch(frozen=frozen)
+        )
         mlp = plain_child(self, "mlp", MLPS)
-        return attention, MlpHalf(_mlp_arguments(mlp, norm_arguments(self, "ln_2")), Branch(fold=fold)), {}
+        return (
+            attention,
+            MlpHalf(_mlp_arguments(mlp, norm_arguments(self, "ln_2")), Branch(frozen=frozen)),
+            {},
+        )
 
 
 def _mlp_arguments(mlp: nn.Module, norm: NormArguments) -> dict:

@@ -98,7 +98,7 @@ class Block(nn.Module):
         settings = Settings.of(self)
         try:
             raise_if_unfused()
-            half = attention_half(self, settings.fold)
+            half = attention_half(self, settings.frozen)
         except Unfused as reason:
             ran_its_own_forward(reason)
             masks = {"attn_mask": attn_mask, "is_causal": is_causal}
@@ -110,7 +110,7 @@ class Block(nn.Module):
         settings = Settings.of(self)
         try:
             raise_if_unfused()
-            half = mlp_half(self, settings.fold)
+            half = mlp_half(self, settings.frozen)
         except Unfused as reason:
             ran_its_own_forward(reason)
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -118,7 +118,7 @@ class Block(nn.Module):
             return run_mlp(x, half, settings)
 
 
-def attention_half(block: nn.Module, fold: bool = False) -> AttentionHalf:
+def attention_half(block: nn.Module, frozen: bool = False) -> AttentionHalf:
     """The half of a block whose parts are norm1, attn, ls1 and drop_path1, as timm names them.
 
     Raises:
@@ -130,17 +130,17 @@ def attention_half(block: nn.Module, fold: bool = False) -> AttentionHalf:
     qkv, proj = plain_child(attn, "qkv", LINEARS), plain_child(attn, "proj", LINEARS)
     idle_child(attn, "proj_drop")
     weight, bias = weight_and_bias(qkv)
-    branch = Branch(layer_scale(block, "ls1"), plain_child(block, "drop_path1", DROP_PATHS), fold)
+    branch = Branch(layer_scale(block, "ls1"), plain_child(block, "drop_path1", DROP_PATHS), frozen)
     norm = norm_arguments(block, "norm1").beside(weight)
     return AttentionHalf(norm, weight, bias, between_projections(attn), *weight_and_bias(proj), branch)
 
 
-def mlp_half(block: nn.Module, fold: bool = False) -> MlpHalf:
+def mlp_half(block: nn.Module, frozen: bool = False) -> MlpHalf:
     """The half of a block whose parts are norm2, mlp, ls2 and drop_path2.
 
     Raises:
         Unfused: if a part is to run its own forward.
     """
     mlp = plain_child(block, "mlp", MLPS)
-    branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), fold)
+    branch = Branch(layer_scale(block, "ls2"), plain_child(block, "drop_path2", DROP_PATHS), frozen)
     return MlpHalf(MLPS[type(mlp)](mlp, norm_arguments(block, "norm2")), branch)

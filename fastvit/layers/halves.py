@@ -22,13 +22,13 @@ from .settings import Settings
 class Branch(NamedTuple):
     """How a half ends: what its branch is multiplied with before it is added to the tokens.
 
-    ``fold`` says that weights are frozen: where no gradient is recorded the ops may keep copies of them.
+    ``frozen`` says that weights are frozen: where no gradient is recorded the ops may keep copies of them.
     ``factor`` is one for all samples, in the place of stochastic depth's own.
     """
 
     layer_scale: Tensor | None = None
     drop_path: nn.Module | None = None
-    fold: bool = False
+    frozen: bool = False
     factor: float | None = None
 
     def arguments(self, x: Tensor) -> dict:
@@ -37,7 +37,7 @@ class Branch(NamedTuple):
             scale = x.new_full((x.shape[0],), self.factor)
         else:
             scale = sample_scale(self.drop_path, x)
-        return {"layer_scale": self.layer_scale, "sample_scale": scale, "frozen": self.fold}
+        return {"layer_scale": self.layer_scale, "sample_scale": scale, "frozen": self.frozen}
 
 
 class AttentionHalf(NamedTuple):
@@ -57,7 +57,7 @@ class AttentionHalf(NamedTuple):
     def __call__(self, x: Tensor, **options) -> Tensor:
         """[B, N, D] to [B, N, D]; ``options`` go to ``attend``, behind the packed [B, N, 3 * H * d]."""
         norm, weight = self.norm, self.qkv_weight
-        given = {"eps": norm.eps, "norm": norm.norm, "frozen": self.branch.fold, "validate": False}
+        given = {"eps": norm.eps, "norm": norm.norm, "frozen": self.branch.frozen, "validate": False}
         packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, self.qkv_bias, **given)
         tokens = self.attend(packed, **options)
         branch = self.branch.arguments(x)

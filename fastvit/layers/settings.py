@@ -15,14 +15,14 @@ ATTRIBUTE = "_fastvit"
 
 
 class Settings(NamedTuple):
-    """``fold``: weights are frozen, and ops may keep copies of them; ``reference_ops`` run as torch's own.
+    """``frozen``: weights are frozen, and ops may keep copies of them; ``reference_ops`` run as torch's own.
 
     With ``checkpoint`` "mlp" what MLPs save is computed again in backward; with ``subset`` what stochastic
     depth drops is not computed.
     With ``mean`` and ``std`` images come as uint8, or as floats in 0..1, and are normalised inside.
     """
 
-    fold: bool = False
+    frozen: bool = False
     reference_ops: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

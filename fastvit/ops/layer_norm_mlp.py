@@ -49,7 +49,8 @@ def layer_norm_mlp(
         gate_weight, gate_bias: [M, D] and [M], a gate of its own for "swiglu", or None.
         inner_norm_weight, inner_norm_bias: [M] or None, a norm between activation and fc2.
         frozen: where no gradient is recorded, copies of the weights may be kept, packed, and LayerScale and
-            the norm folded in; they follow what `fastvit.accelerate` says of its mode "inference".
+            the norm folded in, which rounds otherwise; they follow what `fastvit.accelerate` says of its mode
+            "inference".
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:

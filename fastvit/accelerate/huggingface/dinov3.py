@@ -28,12 +28,12 @@ class DINOv3ViTLayer(Layer, dinov3.DINOv3ViTLayer):
 
     def gather(
         self,
-        fold: bool,
+        frozen: bool,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
-        attention, mlp, options = super().gather(fold, attention_mask, **kwargs)
+        attention, mlp, options = super().gather(frozen, attention_mask, **kwargs)
         attention = attention._replace(attend=partial(attend_rotated, attention.attend))
         return attention, mlp, options | {"position_embeddings": position_embeddings}
 

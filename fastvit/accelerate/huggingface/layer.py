@@ -68,7 +68,7 @@ class Layer(FusedBlock):
 
     def gather(
         self,
-        fold: bool,
+        frozen: bool,
         attention_mask: Tensor | None = None,
         *,
         is_causal: bool | None = None,
@@ -87,7 +87,7 @@ class Layer(FusedBlock):
         options = mask_options(attn, attention_mask, is_causal)
         drop_path = None if parts.drop_path is None else plain_child(self, parts.drop_path, DROP_PATHS)
         first, second = (
-            Branch(None if name is None else layer_scale(self, name), drop_path, fold)
+            Branch(None if name is None else layer_scale(self, name), drop_path, frozen)
             for name in (parts.layer_scale1, parts.layer_scale2)
         )
         attention = attention_half(attn, norm_arguments(self, parts.norm1), first)
@@ -100,9 +100,9 @@ class LayerWithoutOptions(Layer):
     """The same where the attention module drops whatever else the layer is called with."""
 
     def gather(
-        self, fold: bool, attention_mask: Tensor | None = None, output_attentions: bool = False, **_
+        self, frozen: bool, attention_mask: Tensor | None = None, output_attentions: bool = False, **_
     ) -> tuple[AttentionHalf, MlpHalf, dict]:
-        return super().gather(fold, attention_mask, output_attentions=output_attentions)
+        return super().gather(frozen, attention_mask, output_attentions=output_attentions)
 
 
 def attention_half(attn: nn.Module, norm: NormArguments, branch: Branch) -> AttentionHalf:

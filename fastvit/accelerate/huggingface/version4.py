@@ -51,16 +51,18 @@ class ViTLayer4(Layer):
 
     parts = VIT
 
-    def gather(self, fold: bool, head_mask: Tensor | None = None) -> tuple[AttentionHalf, MlpHalf, dict]:
+    def gather(self, frozen: bool, head_mask: Tensor | None = None) -> tuple[AttentionHalf, MlpHalf, dict]:
         if head_mask is not None:
             raise Unfused("heads are masked")
-        attention, options = attention_half4(self, norm_arguments(self, self.parts.norm1), Branch(fold=fold))
+        attention, options = attention_half4(
+            self, norm_arguments(self, self.parts.norm1), Branch(frozen=frozen)
+        )
         first, output = (plain_child(self, name, HOLDERS) for name in ("intermediate", "output"))
         idle_child(output, "dropout")
         activation = activation_name(first, "intermediate_act_fn")
         fc1, fc2 = plain_child(first, "dense", LINEARS), plain_child(output, "dense", LINEARS)
         arguments = two_layers(norm_arguments(self, self.parts.norm2), fc1, activation, fc2)
-        return attention, MlpHalf(arguments, Branch(fold=fold)), options
+        return attention, MlpHalf(arguments, Branch(frozen=frozen)), options
 
 
 class Dinov2Layer4(Layer):
@@ -68,11 +70,11 @@ class Dinov2Layer4(Layer):
 
     parts = DINO
 
-    def gather(self, fold: bool, head_mask: Tensor | None = None) -> tuple[AttentionHalf, MlpHalf, dict]:
+    def gather(self, frozen: bool, head_mask: Tensor | None = None) -> tuple[AttentionHalf, MlpHalf, dict]:
         if head_mask is not None:
             raise Unfused("heads are masked")
         drop_path = plain_child(self, "drop_path", DROP_PATHS)
-        first, second = (Branch(layer_scale(self, f"layer_scale{n}"), drop_path, fold) for n in (1, 2))
+        first, second = (Branch(layer_scale(self, f"layer_scale{n}"), drop_path, frozen) for n in (1, 2))
         attention, options = attention_half4(self, norm_arguments(self, "norm1"), first)
         mlp = plain_child(self, "mlp", MLPS)
         arguments = MLPS[type(mlp)](mlp, norm_arguments(self, "norm2"))
@@ -97,7 +99,7 @@ class ClipLayer4(Layer):
 
     def gather(
         self,
-        fold: bool,
+        frozen: bool,
         attention_mask: Tensor | None = None,
         causal_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
@@ -105,4 +107,4 @@ class ClipLayer4(Layer):
         masks = [mask for mask in (attention_mask, causal_attention_mask) if mask is not None]
         # Both are numbers, and added as they are added to the logits.
         mask = masks[0] + masks[1] if len(masks) == 2 else (masks or [None])[0]
-        return super().gather(fold, mask, is_causal=False, output_attentions=output_attentions)
+        return super().gather(frozen, mask, is_causal=False, output_attentions=output_attentions)
