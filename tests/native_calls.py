@@ -1,6 +1,7 @@
 """Calls of the ops that the compiled libraries serve, and their gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import op_cases
 import pytest
@@ -41,8 +42,13 @@ def leaves(call: Call) -> Call:
     return call | {name: t.detach().clone().requires_grad_(name not in FIXED) for name, t in given}
 
 
+def frozen(op: str) -> Callable:
+    """The op on copies of its weights, packed and folded."""
+    return partial(getattr(ops, op), frozen=True)
+
+
 def while_training(op: str) -> Callable:
-    """The op as it runs where gradients are recorded: nothing folded or packed, and more saved."""
+    """The op as it runs where gradients are recorded: with more saved."""
 
     def function(**call) -> torch.Tensor:
         with torch.enable_grad():

@@ -15,7 +15,7 @@ from pathlib import Path
 import op_cases
 import torch
 import torch.nn.functional as F
-from native_calls import FIXED, THROUGH, while_training
+from native_calls import FIXED, THROUGH, frozen, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
 from fastvit import extension, native_backend, use_backend
@@ -38,10 +38,10 @@ def _call(op: str, dtype: torch.dtype, regime: str | None, options: dict) -> op_
 
 
 def _forward(op: str, dtype: torch.dtype = FP32, regime: str | None = None, **options) -> None:
-    """The output with packed and folded weights is within the contract, and as it is for training."""
+    """The output is within the contract, also as it is for training, and with packed and folded weights."""
     call, how = _call(op, dtype, regime, options), {"offset_regime": regime == "mean_offset"}
-    within_contract(op, call, **how)
-    within_contract(op, call, while_training(op), **how)
+    for function in (None, while_training(op), frozen(op)):
+        within_contract(op, call, function, **how)
 
 
 def _backward(op: str, dtype: torch.dtype = FP32, regime: str | None = None, **options) -> None:

@@ -231,7 +231,9 @@ def threads(both: Both, rng: random.Random) -> None:
         with torch.no_grad():
             return output(both.ours, images(batch))
 
-    with ThreadPoolExecutor(3) as pool:
+    # Triton's interpreter has one state for all threads.
+    no_triton = fastvit.use_backend(patch_embed="reference", attention="reference")
+    with no_triton, ThreadPoolExecutor(3) as pool:
         found = list(pool.map(run, batches))
     with torch.no_grad():
         for out, batch in zip(found, batches, strict=True):

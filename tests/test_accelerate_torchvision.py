@@ -72,13 +72,12 @@ def test_the_parts_may_be_called_as_features_are_extracted(models):
         del model.tokens
 
 
-def test_torchvisions_feature_extractor_gives_the_same(models):
+def test_torchvisions_feature_extractor_finds_what_it_finds_in_the_original(models):
+    """It traces with torch.fx: every node of the original is there, and may be asked for."""
     nodes = ["encoder.layers.encoder_layer_0", "heads.head"]
     theirs, ours = (create_feature_extractor(model, return_nodes=nodes) for model in models)
     same(ours(X), theirs(X))
-    with fastvit.recording.recording() as recorder:
-        ours(X)
-    assert {event.op for event in recorder.events} == {*BLOCK}
+    assert ours.code == theirs.code
 
 
 def test_wrong_images_fail_as_before(models):

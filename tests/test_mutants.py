@@ -21,7 +21,7 @@ NUMBERS = count()
 # What the ops stand on.
 MODULES = (
     *("backends.py", "call_facts.py", "derived.py", "errors.py", "extension.py", "measurements.py"),
-    *("asking.py", "frames.py", "gpus.py", "recording.py"),
+    *("asking.py", "frames.py", "gpus.py", "recording.py", "weight_samples.py"),
     *("native_backend.py", "triton_backend.py"),
 )
 

@@ -4,7 +4,7 @@ import op_cases
 import plain_ops
 import pytest
 import torch
-from native_calls import DTYPES, FIXED, OPS, THROUGH, needs_library, while_training
+from native_calls import DTYPES, FIXED, OPS, THROUGH, frozen, needs_library, while_training
 from op_checks import GRADS, TIGHT, equal_in_float64, gradients, gradients_within_contract, within_contract
 from test_op_gradients import SMALL
 from torch.autograd import gradcheck
@@ -57,8 +57,8 @@ def test_every_regime_is_within_the_contract(op, cell):
     # Sixteen numbers do not tell how large an error is; eight rows are still among the few of MKL.
     batch = 8 if cell["tokens"] == 1 else 1
     call, offset = op_cases.regime_call(op, batch=batch, **cell), cell["regime"] == "mean_offset"
-    within_contract(op, call, offset_regime=offset)
-    within_contract(op, call, while_training(op), offset_regime=offset)
+    for function in (None, while_training(op), frozen(op)):
+        within_contract(op, call, function, offset_regime=offset)
 
 
 @pytest.mark.parametrize(("op", "cell"), BACKWARD, ids=op_cases.name)
@@ -89,8 +89,8 @@ def test_every_option_is_within_the_contract(op, cell):
     if call.get("sample_scale") is not None:
         # As stochastic depth has them. Of others a sum of ones says nothing: every column is the same.
         call["sample_scale"] = torch.tensor([0, 1.25, 1.25], dtype=cell["dtype"])
-    within_contract(op, call)
-    within_contract(op, call, while_training(op))
+    for function in (None, while_training(op), frozen(op)):
+        within_contract(op, call, function)
     how = {"without": FIXED, "through": THROUGH.get(op, ())}
     gradients_within_contract(op, call, GRADS[cell["grad"]], **how)
 
@@ -111,11 +111,12 @@ def _saved(op, call):
         names += ("inner_norm_weight", "inner_norm_bias", "layer_scale", "sample_scale")
         options = (1e-6, call.get("activation", "gelu"), call.get("norm", "layer_norm"))
     else:
-        names += ("weight", "bias")
         options = (1e-6, call.get("norm", "layer_norm"))
     with torch.no_grad():
-        tensors = [call.get(name) for name in names]
-        flags = (False, True) if op == "layer_norm_linear" else (False, False, True)
+        tensors, flags = [call.get(name) for name in names], (False, True)  # not frozen, and save
+        if op == "layer_norm_linear":
+            tensors += [[call["weight"]], [bias for bias in (call["bias"],) if bias is not None]]
+            flags = (True, False)
         return getattr(torch.ops.fastvit, f"{op}_fwd")(*tensors, *options, call["x"].dtype, *flags)[1]
 
 

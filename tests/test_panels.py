@@ -186,9 +186,9 @@ def test_the_ops_take_panels(in_panels, threads):
 
 def test_widths_that_no_panel_divides_are_onednns(in_panels):
     x = torch.randn(1, 32, 24)
-    assert native._packing(x, torch.empty(24, 24), torch.float32) is not native.panels
-    assert native._packing(x, torch.empty(48, 24), torch.float32) is native.panels
-    assert native._packing(x[:, :16], torch.empty(48, 24), torch.float32) is None
+    assert native._packing(x, [torch.empty(24, 24)], torch.float32) is not native.panels
+    assert native._packing(x, [torch.empty(24, 24)] * 2, torch.float32) is native.panels
+    assert native._packing(x[:, :16], [torch.empty(48, 24)], torch.float32) is None
 
 
 class Mutant(NamedTuple):

@@ -67,7 +67,8 @@ def hooked_of(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (Block, AttentionPoolLatent)) or type(module) in REPLACEMENTS.values()
+        if isinstance(module, (Block, AttentionPoolLatent))
+        or getattr(type(module), "original", None) in REPLACEMENTS
     }
 
 

@@ -31,8 +31,8 @@ def linear_residual(
         layer_scale: [D] or None.
         sample_scale: [B] or None, one factor a sample (stochastic depth).
         frozen: where no gradient is recorded, a copy of the weight may be kept, packed and with LayerScale
-            multiplied in, which rounds otherwise than a factor; it follows what `fastvit.accelerate` says of its
-            mode "inference".
+            multiplied in, which rounds otherwise than a factor; it follows what `fastvit.accelerate` says of
+            its mode "inference".
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:

@@ -18,6 +18,7 @@ from torch.library import Library
 from .. import measurements, native_backend
 from ..call_facts import tf32
 from ..derived import drop, kept
+from .registration import NAMESPACE
 
 MLP_WEIGHTS = (
     "Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
@@ -44,10 +45,10 @@ SCHEMAS = (
     "-> Tensor[]",
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor",
 )
-_library = Library("fastvit_native", "DEF")
+_library = Library(f"{NAMESPACE}_native", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema)
-ops = torch.ops.fastvit_native
+ops = getattr(torch.ops, f"{NAMESPACE}_native")
 
 
 # Of so few rows oneDNN's products are less exact than MKL's by more than the contract allows.
