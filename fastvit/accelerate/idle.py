@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import backends, measurements
 from ..asking import would_serve
 from ..call_facts import compute_dtype
-from ..layers.plain import why_unfused
 
 ATTRIBUTE = "_fastvit_idle"
 MOST = 64  # kinds of call that a module remembers
@@ -22,8 +21,9 @@ MOST = 64  # kinds of call that a module remembers
 
 def is_served(module: nn.Module, x: Tensor) -> bool | None:
     """Whether the ops are to run for this call, or the original forward; None where that must be asked."""
-    # Nothing is drawn, traced or recorded: a checkpoint computes again what it computed first.
-    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or why_unfused():
+    # Nothing is drawn or recorded: a checkpoint computes again what it computed first. Whether anyone traces
+    # is asked by who gathers, and need not be where the original forward runs anyway.
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return True
     if type(x) is not Tensor or not backends.is_automatic():
         return True
