@@ -7,14 +7,15 @@ namespace fastvit {
 namespace {
 
 // The products with all weights, side by side.
-Tensor linear_of_all(const Tensor& x, const Tensors& weights, const OptionalTensors& biases, bool tf32) {
-  if (weights.size() == 1) return linear(x, weights[0], biases[0], tf32);
+Tensor linear_of_all(const Tensor& x, const Tensors& weights, const Tensors& biases, bool tf32) {
+  const auto bias = [&](std::size_t i) { return biases.empty() ? OptionalTensor() : OptionalTensor(biases[i]); };
+  if (weights.size() == 1) return linear(x, weights[0], bias(0), tf32);
   std::int64_t width = 0, at = 0;
   for (const Tensor& weight : weights) width += outputs_of(weight);
   Tensor out = empty_beside(x, {x.size(0), width}, x.scalar_type());
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const std::int64_t own = outputs_of(weights[i]);
-    linear_into(torch::stable::narrow(out, 1, at, own), x, weights[i], biases[i], tf32);
+    linear_into(torch::stable::narrow(out, 1, at, own), x, weights[i], bias(i), tf32);
     at += own;
   }
   return out;
@@ -23,10 +24,10 @@ Tensor linear_of_all(const Tensor& x, const Tensors& weights, const OptionalTens
 }  // namespace
 
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
-                                OptionalTensors biases, double eps, std::string norm, Tensors folded, bool save,
+                                Tensors biases, double eps, std::string norm, Tensors folded, bool save,
                                 bool tf32) {
-  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
-                  "layer_norm_linear: as many biases as weights are wanted, of each one at least");
+  STD_TORCH_CHECK(!weights.empty() && (biases.empty() || weights.size() == biases.size()),
+                  "layer_norm_linear: a weight at least is wanted, and a bias for each or none");
   const Scope scope("layer_norm_linear", x, weights[0]);
   const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
   const Tensor rows = as_rows(x);

@@ -13,12 +13,11 @@
 namespace fastvit {
 
 using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<OptionalTensor>;
 using WithSaved = std::tuple<Tensor, Tensors>;
 
-// Of several weights (q, k and v, say) the outputs are side by side; weights and biases are as many.
+// Of several weights (q, k and v, say) the outputs are side by side; biases are as many, or none.
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
-                                OptionalTensors biases, double eps, std::string norm, Tensors folded, bool save,
+                                Tensors biases, double eps, std::string norm, Tensors folded, bool save,
                                 bool tf32);
 Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                               OptionalTensor norm_bias, Tensor weight, double eps, std::string norm,

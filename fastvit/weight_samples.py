@@ -34,11 +34,11 @@ class _Weight(ctypes.Structure):
 
 
 def can_sample(tensors: Sequence[Tensor]) -> bool:
-    """Whether a sample can be taken: there is a library for their device, and they lie in rows."""
+    """Whether a sample can be taken: there is a library for their device, and they lie in rows, in memory."""
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or extension.why_no_ops(device) is not None:
         return False
-    return all(tensor.numel() and (tensor.ndim <= 2 or tensor.is_contiguous()) for tensor in tensors)
+    return all(t.numel() and t.data_ptr() and (t.ndim <= 2 or t.is_contiguous()) for t in tensors)
 
 
 class Sample:

@@ -67,10 +67,8 @@ def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, s
     if frozen and native.folds("layer_norm_linear", x, weights, dtype):
         folded = native.folded(norm_weight, norm_bias, weights, biases, dtype)
     product = native.product(x, weights, biases, None, dtype, frozen)
-    biases = product.biases or [None] * len(product.weights)
-    return native.ops.layer_norm_linear_fwd(
-        *(x, norm_weight, norm_bias, product.weights, biases, eps, norm, folded, save), native.allows_tf32(x)
-    )
+    given = (x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, save)
+    return native.ops.layer_norm_linear_fwd(*given, native.allows_tf32(x))
 
 
 def _fwd_shapes(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):

@@ -31,7 +31,7 @@ MLP_SAVED_WEIGHTS = (
 )
 SCHEMAS = (
     "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, "
-    "Tensor?[] biases, float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "Tensor[] biases, float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
