@@ -73,7 +73,7 @@ def test_weights_of_any_strides(rows):
 def test_as_many_biases_as_weights():
     weights, biases = weights_and_biases(torch.float32)
     for given in ((weights, biases[:2]), ([], [])):
-        with pytest.raises(RuntimeError, match="as many biases as weights"):
+        with pytest.raises(RuntimeError, match="a bias for each or none"):
             fwd(of(torch.float32, 1, 20, 48), (None, None), *given)
 
 
