@@ -168,7 +168,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "layer_norm_linear.cpp": [
         ("rows not normalised again", "needs_weight ? renorm_rows", "false ? renorm_rows", "dlinear"),
         ("one weight's place for all", "at += own;", "", "several weights"),
-        ("one bias for all", "weights[i], biases[i]", "weights[i], biases[0]", "several weights"),
+        ("one bias for all", "weights[i], bias(i)", "weights[i], bias(0)", "several weights"),
     ],
     "linear_residual.cpp": [
         ("product of another", "saved[0]) : std::nullopt", "x) : std::nullopt", "dresidual"),
