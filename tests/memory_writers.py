@@ -23,7 +23,9 @@ def bytes_of_storage(model: nn.Module) -> Writes:
 
 
 def storage_copied(name: str, p: nn.Parameter) -> None:
-    p.untyped_storage().copy_((p.detach() + delta(name, p)).untyped_storage())
+    whole = p.untyped_storage().clone()  # of which the parameter may be a part
+    torch.empty(0, dtype=p.dtype).set_(whole, p.storage_offset(), p.shape, p.stride()).add_(delta(name, p))
+    p.untyped_storage().copy_(whole)
 
 
 def foreign_memory(model: nn.Module) -> Writes:
