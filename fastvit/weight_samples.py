@@ -6,6 +6,7 @@ compiled libraries do it, beside torch's dispatcher, so that no mode and no trac
 """
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from functools import cache
 
@@ -54,8 +55,9 @@ class Sample:
         self._sample = torch.empty(places, dtype=torch.int64, device=self._device)
         self._on_gpu = _is_on_gpu(self._device)
         if self._on_gpu:
-            self._seen = torch.zeros(1, dtype=torch.int32).pin_memory()
+            self._seen = _flags.pop() if _flags else torch.zeros(1, dtype=torch.int32).pin_memory()
             self._differs = self._seen.numpy()
+            weakref.finalize(self, _flags.append, self._seen).atexit = False
         self.take()
 
     def take(self) -> None:
@@ -83,6 +85,11 @@ class Sample:
                 raise RuntimeError(
                     f"fastvit: a look at weights on {self._device} failed: CUDA error {status}"
                 )
+
+
+# Of samples that are gone, for those to come. They are never freed: a look that is still under way would
+# write to memory that is somebody else's by then. Here it has a copy derived once more, which does no harm.
+_flags: list[Tensor] = []
 
 
 def _is_on_gpu(device: torch.device) -> bool:

@@ -100,6 +100,7 @@ def test_on_a_gpu_it_answers_for_the_looks_before(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(weight_samples, "_flags", [])
     weight = torch.randn(4, 3)
     sample = Sample([weight])
     assert not sample.differs()
@@ -114,3 +115,13 @@ def test_on_a_gpu_it_answers_for_the_looks_before(monkeypatch):
     assert not sample.differs(look=False)
     synchronize()
     assert not sample.differs()
+    synchronize()
+    seen = sample._seen
+    sample.differs()
+    weight.data.mul_(2)
+    del sample  # while it looks: what is written then is nobody else's memory
+    assert [flag is seen for flag in weight_samples._flags] == [True]
+    synchronize()
+    again = Sample([weight])
+    assert again._seen is seen
+    assert not again.differs()
