@@ -60,15 +60,19 @@ def flipped(call: Call) -> Call:
     return converted(call, lambda tensor: tensor.flip(-1).contiguous())
 
 
-def run(op: str, call: Call) -> dict[str, Tensor]:
-    """The op on its kernels, as in inference and as in training: outputs and every gradient."""
-    function = getattr(ops, op)
+def leaves_of(op: str, call: Call) -> dict[str, Tensor]:
+    """What the kernels give gradients to, requiring them."""
     names = TRAINED.get(op) or [name for name in given_tensors(call) if name != "sample_scale"]
-    leaves = {
+    return {
         name: call[name].detach().requires_grad_()
         for name in names
         if call.get(name) is not None and call[name].is_floating_point()
     }
+
+
+def run(op: str, call: Call) -> dict[str, Tensor]:
+    """The op on its kernels, as in inference and as in training: outputs and every gradient."""
+    function, leaves = getattr(ops, op), leaves_of(op, call)
     if op in NATIVE:
         needs_native()
     with use_backend(BACKENDS[op]):
