@@ -20,9 +20,9 @@ import torch
 # Modules beside this file are found by their bare names, as those in tests/ are.
 sys.path.append(str(Path(__file__).parent))
 
-from isolation import Isolation  # noqa: E402
-from keeping import Outcomes, keep_verdicts  # noqa: E402
-from needs import LeftOut  # noqa: E402
+from isolation import Isolation
+from keeping import Outcomes, keep_verdicts
+from needs import LeftOut
 
 OLDEST_CAPABILITY = (8, 0)
 

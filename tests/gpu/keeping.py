@@ -1,7 +1,7 @@
 """What `--keep FOLDER` keeps of a run, as it comes: a run that is cut off has left all that it found.
 
-    tests.jsonl       a line a test, when it has ended
-    checks.PID.jsonl  a line for each verdict of the contract, by the process that asked for it
+tests.jsonl       a line a test, when it has ended
+checks.PID.jsonl  a line for each verdict of the contract, by the process that asked for it
 """
 
 import json
