@@ -103,8 +103,15 @@ def test_machine_tells_what_is_here():
 
 
 def test_a_checkout_that_is_not_ours_is_not_reported(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
     monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
     assert machine_module._commit.__wrapped__() is None
+
+
+def test_sources_without_a_history_are_told_their_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
+    monkeypatch.setenv("FASTVIT_COMMIT", "abc1234")
+    assert machine_module._commit.__wrapped__() == "abc1234"
 
 
 def test_a_command_that_is_absent_or_fails_says_nothing():
