@@ -64,9 +64,11 @@ class Outputs:
         changes = regression.changes(self.rows, self.before)
         if changes:
             console.print(regression.table(changes, self.slower))
-        wrong = sum(not row.ok for row in self.rows)
+        verdicts = [row.verdict for row in self.rows]
+        wrong, lost = verdicts.count("wrong"), verdicts.count("not run")
         kept = [str(path) for path in (self.json, self.csv, self.png) if path is not None and self.rows]
-        text = f"{len(self.rows)} rows, {wrong} wrong" + (f"; kept in {', '.join(kept)}" if kept else "")
+        text = f"{len(self.rows)} rows, {wrong} wrong" + (f", {lost} not run" if lost else "")
+        text += f"; kept in {', '.join(kept)}" if kept else ""
         text = escape(f"stopped: {text}" if stopped else text)
         console.print(f"[red]{text}[/red]" if wrong else text)
         if stopped:

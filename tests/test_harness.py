@@ -138,6 +138,22 @@ def test_rows_survive_a_file(tmp_path):
     assert list(json.loads(path.read_text())[0]) == [field.name for field in fields(Row)]
 
 
+def test_rows_of_before_there_were_reasons_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    save([row(ok=False), row(ok=False, reason="its process died"), row(reason="")], path)
+    old = [
+        {name: value for name, value in kept.items() if name != "reason"}
+        for kept in json.loads(path.read_text())
+    ]
+    assert [kept.verdict for kept in load(path)] == ["wrong", "not run", "ok"]
+    path.write_text(json.dumps(old))
+    assert [(kept.reason, kept.verdict) for kept in load(path)] == [
+        (None, "wrong"),
+        (None, "wrong"),
+        (None, "ok"),
+    ]
+
+
 def test_a_file_of_other_fields_is_an_error(tmp_path):
     path = tmp_path / "old.json"
     path.write_text('[{"op": "attention", "speed": 1}]')
