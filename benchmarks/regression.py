@@ -64,7 +64,7 @@ def check_machine(rows: list[Row], here: Machine, file: str) -> None:
     """
     there = {row.machine for row in rows}
     own = here.gpu or f"{here.cpu}, {here.threads} threads"
-    if there != {own}:
+    if there - {own}:
         raise ValueError(f"{file} was measured on {', '.join(sorted(there))}, and this is {own}")
 
 
