@@ -10,7 +10,8 @@ from .rows import Row
 
 INFER = ("samples_per_sec", "step_time", "batch_size", "img_size", "gmacs")
 TRAIN = INFER[:-1]
-COMMON = ("provider", "dtype", "ok", "error_ratio", "peak_mb", "cpu", "gpu", "torch", "commit", "date")
+COMMON = ("provider", "dtype", "ok", "reason", "error_ratio", "peak_mb")
+COMMON += ("cpu", "gpu", "torch", "commit", "date")
 
 
 def save_csv(rows: Iterable[Row], path: str | Path) -> None:

@@ -1,14 +1,10 @@
 """One op on one kind of input: every provider judged by the parity contract, and the right ones timed."""
 
-import logging
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from textwrap import shorten
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +12,9 @@ from torch import Tensor
 from fastvit.contract import gemm_libraries, judge
 from fastvit.verdicts import Check
 
-from .harness import Call, Machine, Row, Timing, measure, ratios, rotating
+from .bench import Bench, at_its_best, peak_mb
+from .harness import Call, Machine, Row, Timing, measure, rotating
+from .outputs import Outputs
 from .roofline import DTYPES, peak_gbps, peak_tflops, products_in
 
 Inputs = dict[str, Tensor]
@@ -91,16 +89,21 @@ class Case(ABC):
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def call(self) -> tuple:
+        """As its rows have it."""
+        return self.op, self.direction, self.dtype, self.shape, self.batch
+
 
 @dataclass
 class Outcome:
     """What a case gave: its rows, the checks behind them, and by provider its speed and why it is absent."""
 
     case: Case
-    rows: list[Row] = field(default_factory=list)
-    checks: dict[str, list[Check]] = field(default_factory=dict)
-    speedups: dict[str, float] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
+    rows: list[Row]
+    checks: dict[str, list[Check]]
+    speedups: dict[str, float]
+    absent: dict[str, str]
 
 
 def differentiated(forward: Callable[..., Tensor]) -> Provider:
@@ -132,6 +135,46 @@ def compiled(forward: Callable[..., Tensor]) -> Provider:
     )
 
 
+class OpBench(Bench):
+    """A case's providers, judged by the parity contract."""
+
+    def __init__(
+        self,
+        case: Case,
+        providers: dict[str, Provider],
+        device: torch.device,
+        here: Machine,
+        how: dict[str, float],
+        outputs: Outputs | None = None,
+    ) -> None:
+        super().__init__(case.title, (case.direction,), device, outputs)
+        self.case, self.providers, self.here, self.how = case, providers, here, how
+
+    def begin(self) -> None:
+        self.inputs = input_sets(self.case, self.device)
+        self.known = truth(self.case, self.inputs[0])
+
+    def prepare(self, name: str) -> dict[str, Call]:
+        prepared = [self.providers[name](self.case, given) for given in self.inputs]
+        self.checks[name] = checks(self.case, prepared[0](), *self.known)
+        self.peaks[name] = peak_mb(prepared[0], self.device)
+        return {self.case.direction: rotating(lambda call: call(), prepared)}
+
+    def measure(self, direction: str, calls: dict[str, Call]) -> dict[str, Timing]:
+        return measure(calls, device=self.device, on_round=self.outputs.attempts.alive, **self.how)
+
+    def row(self, timing: Timing | None, **facts: Any) -> Row:
+        case, found = self.case, self.checks.get(facts["provider"], [])
+        errors = [check.e_rms / check.b_rms for check in found if check.b_rms > 0]
+        facts |= {"op": case.op, "dtype": case.dtype, "shape": case.shape, "batch": case.batch}
+        facts["error_ratio"] = max(errors) if errors and all(map(math.isfinite, errors)) else None
+        if timing is not None:
+            facts |= {"flops": case.flops, "bytes_moved": case.bytes_moved}
+            peaks = peak_tflops(self.device, case.dtype), peak_gbps(self.device)
+            facts |= dict(zip(("peak_tflops", "peak_gbps"), peaks, strict=True))
+        return Row.of(timing, self.here, **facts)
+
+
 def run_case(
     case: Case,
     providers: dict[str, Provider],
@@ -140,61 +183,17 @@ def run_case(
     *,
     rounds: int = 20,
     seconds: float = 0.1,
+    outputs: Outputs | None = None,
 ) -> Outcome:
-    """Judge the providers, then time those that are right, in rounds; the first is the baseline.
+    """Judge the providers and time them in rounds, as ``Bench`` does; the first is the baseline.
 
-    A provider that cannot run is absent with its reason, and a wrong one has a row without a time.
+    One that cannot run is absent with its reason. One that is wrong has no speed, and of ours no time.
     """
-    outcome, calls, peaks = Outcome(case), {}, {}
     torch.compiler.reset()  # or the compiler takes the shapes of one case after another for dynamic ones
+    bench = OpBench(case, providers, device, here, {"rounds": rounds, "min_seconds": seconds}, outputs)
     with products_in(case.dtype), at_its_best():
-        try:
-            inputs = input_sets(case, device)
-            known = truth(case, inputs[0])
-        except torch.OutOfMemoryError as error:
-            outcome.absent = dict.fromkeys(providers, in_words(error))
-            return outcome
-        for name, prepare in providers.items():
-            try:
-                prepared = [prepare(case, given) for given in inputs]
-                outcome.checks[name] = checks(case, prepared[0](), *known)
-                peaks[name] = peak_mb(prepared[0], device)
-            except Exception as error:  # each library raises its own for what it cannot run
-                outcome.absent[name] = in_words(error)
-                outcome.checks.pop(name, None)
-                continue
-            if all(check.ok for check in outcome.checks[name]):
-                calls[name] = rotating(lambda call: call(), prepared)
-        timings = _timings(calls, device, rounds, seconds, outcome)
-        baseline = next(iter(timings), None)
-        outcome.speedups = ratios(timings, baseline) if baseline == next(iter(providers)) else {}
-        outcome.rows = [
-            _row(case, name, timings.get(name), found, peaks[name], device, here)
-            for name, found in outcome.checks.items()
-            if name not in outcome.absent
-        ]
-    return outcome
-
-
-def in_words(error: BaseException) -> str:
-    """An error in part of a line."""
-    text = str(error.__cause__ or error).strip() or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
-        text = "not enough memory"
-    return shorten(text.splitlines()[0], 90, placeholder=" ...")
-
-
-@contextmanager
-def at_its_best() -> Iterator[None]:
-    """torch at its best, compiled backwards that may run many times, and nothing said of what cannot run."""
-    logging.disable(logging.WARNING)
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-        logging.disable(logging.NOTSET)
+        bench.run(providers)
+    return Outcome(case, bench.rows, bench.checks, bench.speeds[case.direction], bench.absent)
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
@@ -231,53 +230,3 @@ def checks(
         judge(name, out, truth[name][0], [t[name][0] for t in torchs], kind=kind, scale=sizes[name][0], **how)
         for name, (out, kind) in found.items()
     ]
-
-
-def peak_mb(call: Callable[[], Results], device: torch.device) -> float | None:
-    """The most memory that a call held beside its inputs, in 10^6 bytes; a CPU's allocator does not count."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def _timings(
-    calls: dict[str, Call], device: torch.device, rounds: int, seconds: float, outcome: Outcome
-) -> dict[str, Timing]:
-    if not calls:
-        return {}
-    try:
-        return measure(calls, rounds=rounds, min_seconds=seconds, device=device)
-    except torch.OutOfMemoryError as error:
-        outcome.absent |= dict.fromkeys(calls, in_words(error))
-        return {}
-
-
-def _row(
-    case: Case,
-    provider: str,
-    timing: Timing | None,
-    checks: list[Check],
-    peak_mb: float | None,
-    device: torch.device,
-    here: Machine,
-) -> Row:
-    errors = [check.e_rms / check.b_rms for check in checks if check.b_rms > 0]
-    facts = {
-        "op": case.op,
-        "provider": provider,
-        "dtype": case.dtype,
-        "shape": case.shape,
-        "batch": case.batch,
-        "direction": case.direction,
-        "peak_mb": peak_mb,
-        "error_ratio": max(errors) if errors and all(map(math.isfinite, errors)) else None,
-    }
-    if timing is None:
-        return Row.of(None, here, ok=False, **facts)
-    rates = {"flops": case.flops, "bytes_moved": case.bytes_moved}
-    peaks = {"peak_tflops": peak_tflops(device, case.dtype), "peak_gbps": peak_gbps(device)}
-    return Row.of(timing, here, ok=True, **facts, **rates, **peaks)

@@ -49,9 +49,9 @@ def run(
                 for name in left_out.keys() - said:
                     console.print(f"{name}: left out: {escape(left_out[name])}", style="dim")
                 said |= left_out.keys()
-                outcome = run_case(case, offered, device, here, rounds=rounds, seconds=seconds)
-                outputs.keep(outcome.rows)
-                console.print(table(outcome))
+                how = {"rounds": rounds, "seconds": seconds, "outputs": outputs}
+                if wanted := {name: offered[name] for name in outputs.lacking([case.call], offered)}:
+                    console.print(table(run_case(case, wanted, device, here, **how)))
                 progress.advance(task)
         except KeyboardInterrupt:
             progress.stop()
@@ -73,6 +73,8 @@ def table(outcome: Outcome) -> Group:
         shown.add_column(name, justify="right", no_wrap=True)
     notes = []
     for row in outcome.rows:
+        if row.provider in outcome.absent:
+            continue
         style = None if row.ok else "red"
         verdict = "ok" if row.ok else "WRONG"
         shown.add_row(row.provider, *_numbers(row, outcome.speedups.get(row.provider)), verdict, style=style)

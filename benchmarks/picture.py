@@ -18,7 +18,7 @@ def draw(rows: Iterable[Row], path: str | Path) -> None:
     Args:
         path: a PNG.
     """
-    rows = [row for row in rows if row.ms_p50 is not None]
+    rows = [row for row in rows if row.ok and row.ms_p50 is not None]
     roofs = [row for row in rows if row.op in ROOFS]
     calls: dict[str, dict[tuple, list[Row]]] = {}
     for row in rows:

@@ -14,7 +14,7 @@ class Change:
     """A row of ours now and then, as times and as multiples of the first provider's time in the same run.
 
     A machine that is slower today moves the time alone, and a faster torch the multiple alone: a kernel that
-    has become slower moves both. A row that has become wrong, or is absent, has no time.
+    has become slower moves both. A row that has become wrong, does not run or is absent has no time.
     """
 
     now: Row | None
@@ -38,7 +38,7 @@ def changes(now: list[Row], then: list[Row]) -> list[Change]:
         if not old.provider.startswith(OURS) or not old.ok or old.call not in calls:
             continue
         row = found.get((old.call, old.provider))
-        if row is None or row.ms_p50 is None:
+        if row is None or not row.ok or row.ms_p50 is None:
             made.append(Change(row, old, None, None))
             continue
         time, first, first_then = row.ms_p50 / old.ms_p50, firsts.get(old.call), firsts_then.get(old.call)
@@ -51,7 +51,7 @@ def _firsts(rows: Iterable[Row]) -> dict[tuple, float]:
     """The time of each call's first provider, which is not ours."""
     firsts: dict[tuple, float] = {}
     for row in rows:
-        if row.ms_p50 is not None and not row.provider.startswith(OURS):
+        if row.ok and row.ms_p50 is not None and not row.provider.startswith(OURS):
             firsts.setdefault(row.call, row.ms_p50)
     return firsts
 
@@ -64,7 +64,7 @@ def check_machine(rows: list[Row], here: Machine, file: str) -> None:
     """
     there = {row.machine for row in rows}
     own = here.gpu or f"{here.cpu}, {here.threads} threads"
-    if there != {own}:
+    if there - {own}:
         raise ValueError(f"{file} was measured on {', '.join(sorted(there))}, and this is {own}")
 
 
@@ -75,7 +75,8 @@ def table(made: list[Change], allowed: float | None) -> Table:
         shown.add_column(name, justify="left" if name in ("op", "provider", "dtype") else "right")
     for change in made:
         old, now = change.then, change.now
-        ms = "absent" if now is None else "WRONG" if now.ms_p50 is None else f"{now.ms_p50:.4g}"
+        timed = now is not None and now.ok and now.ms_p50 is not None
+        ms = f"{now.ms_p50:.4g}" if timed else "absent" if now is None else now.verdict.upper()
         ratios = ["-" if ratio is None else f"{ratio - 1:+.1%}" for ratio in (change.time, change.multiple)]
         style = "red" if allowed is not None and change.is_slower(allowed) else None
         name = f"{old.op} {old.direction}"

@@ -84,7 +84,7 @@ def _table(calls: Iterable[list[Row]]) -> Iterator[str]:
     yield "| what | provider | ms | p20 to p80 | speed | per second | roofline | MB | error |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for rows in calls:
-        timed = [row.ms_p50 for row in rows if row.ms_p50 is not None]
+        timed = [row.ms_p50 for row in rows if row.ok and row.ms_p50 is not None]
         for row in rows:
             yield "| " + " | ".join(_cells(row, timed[0] if timed else None, row is rows[0])) + " |"
     yield ""
@@ -94,8 +94,9 @@ def _cells(row: Row, first: float | None, named: bool) -> list[str]:
     shape = "x".join(map(str, row.shape))
     what = f"{row.op} {DIRECTIONS[row.direction]}, {row.dtype}, {shape}, batch {row.batch}"
     cells = [what if named else "", row.provider]
-    if row.ms_p50 is None:
-        return [*cells, "**wrong**", *[""] * 5, _number(row.error_ratio)]
+    if not row.ok or row.ms_p50 is None:
+        said = "**wrong**" if row.verdict == "wrong" else row.verdict
+        return [*cells, said, *[""] * 5, _number(row.error_ratio)]
     images = f"{_number(1e3 * row.batch / row.ms_p50)} images"
     rate = images if is_model(row) else "" if row.tflops is None else f"{_number(row.tflops)} TFLOP"
     roof = "" if row.roofline_pct is None else f"{row.roofline_pct:.0f} %"

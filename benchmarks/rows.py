@@ -12,14 +12,15 @@ from .timing import Timing
 Direction = Literal["fwd", "bwd", "step"]
 OURS = "fastvit"  # how providers that are ours begin
 ROOFS = ("copy", "matmul")  # ops that are the machine's own limits
+WRONG = "wrong"  # how the reason of a row begins that the contract refused
 
 
 @dataclass(frozen=True)
 class Row:
     """One provider's number with all it needs to be believed; what was not measured is None.
 
-    A wrong provider (``ok`` is False) has no time. Rows of the op "copy" and "matmul" are the machine's own
-    roofline in the same run.
+    ``reason`` says why a row is not ``ok``. One of ours that is wrong has no time, others keep theirs. Rows
+    of the op "copy" and "matmul" are the machine's own roofline in the same run.
     """
 
     op: str
@@ -45,6 +46,14 @@ class Row:
     date: str
     cpu: str | None = None
     threads: int | None = None
+    reason: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "ok", "wrong" or "not run"; rows without a reason are older, and were kept only if judged."""
+        if self.ok:
+            return "ok"
+        return "wrong" if (self.reason or WRONG).startswith(WRONG) else "not run"
 
     @property
     def call(self) -> tuple:
@@ -76,6 +85,7 @@ class Row:
         peak_gbps: float | None = None,
         peak_mb: float | None = None,
         error_ratio: float | None = None,
+        reason: str | None = None,
     ) -> Self:
         """A row from a timing, or without one.
 
@@ -112,6 +122,7 @@ class Row:
             date=machine.date,
             cpu=None if machine.gpu else machine.cpu,
             threads=None if machine.gpu else machine.threads,
+            reason=reason,
         )
 
 

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from fastvit_benchmarks import bench_ops, op_bench, roofline
+from fastvit_benchmarks import bench, bench_ops, op_bench, roofline
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,13 +28,13 @@ def known(case, device):
 def test_op(timed, request, case, name, provider):
     device = torch.device(request.config.getoption("--device"))
     torch.compiler.reset()
-    with roofline.products_in(case.dtype), op_bench.at_its_best():
+    with roofline.products_in(case.dtype), bench.at_its_best():
         inputs, truth = known(case, device)
         try:
             call = provider(case, inputs)
             results = call()
         except Exception as error:  # each library raises its own for what it cannot run
-            pytest.skip(op_bench.in_words(error))
+            pytest.skip(bench.in_words(error))
         failed = [str(check) for check in op_bench.checks(case, results, *truth) if not check.ok]
         assert not failed
         timed(call, case.title, provider=name, flops=case.flops, bytes_moved=case.bytes_moved)

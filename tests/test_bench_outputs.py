@@ -62,6 +62,25 @@ def test_one_of_ours_that_is_absent_fails_and_one_that_was_not_asked_for_does_no
     assert finish([EAGER, row()], then, 0.05, tmp_path / "before.json")[0] == 0
 
 
+def test_what_does_not_run_any_more_fails(tmp_path):
+    now = [EAGER, row(ms=None, ok=False, reason="not enough memory")]
+    status, said = finish(now, [EAGER, row()], 0.05, tmp_path / "before.json")
+    assert status == 1
+    assert "NOT RUN" in said
+    assert "2 rows, 0 wrong, 1 not run" in said
+
+
+def test_a_wrong_time_is_nobodys_measure(tmp_path):
+    """timm eager was right at 20 ms; today it is wrong, whatever it takes, and the next is compared with."""
+    then = [row("timm eager", 20.0), row()]
+    now = [
+        row("timm eager", 80.0, ok=False, reason="wrong: output"),
+        row("timm compiled", 20.0),
+        row(ms=12.0),
+    ]
+    assert finish(now, then, 0.05, tmp_path / "before.json")[0] == 1
+
+
 def test_others_may_become_slower(tmp_path):
     assert finish([row("timm eager", 40.0)], [EAGER], 0.05, tmp_path / "before.json")[0] == 0
 
@@ -114,7 +133,8 @@ def test_rows_are_in_the_file_as_soon_as_they_are_kept(tmp_path):
 
 
 def test_models_have_timms_columns(tmp_path):
-    columns.save_csv([row(op="copy"), row(), row(ms=None, ok=False)], tmp_path / "rows.csv")
+    lost = row(ms=None, ok=False, reason="its process died")
+    columns.save_csv([row(op="copy"), row(), lost], tmp_path / "rows.csv")
     with open(tmp_path / "rows.csv") as file:
         found, wrong = csv.DictReader(file)
     assert found["model"] == MODEL
@@ -123,7 +143,7 @@ def test_models_have_timms_columns(tmp_path):
     assert (found["infer_batch_size"], found["infer_img_size"]) == ("4", "224")
     assert float(found["infer_gmacs"]) == 1
     assert float(found["param_count"]) == pytest.approx(5.72, abs=0.01)
-    assert (wrong["ok"], wrong["infer_samples_per_sec"]) == ("False", "")
+    assert (wrong["ok"], wrong["reason"], wrong["infer_samples_per_sec"]) == ("False", "its process died", "")
 
 
 def test_training_has_timms_columns(tmp_path):
@@ -138,10 +158,11 @@ def test_the_picture_shows_every_provider_that_has_a_time(tmp_path, monkeypatch)
     shown = []
     draw_bars = picture._draw_bars
     monkeypatch.setattr(picture, "_draw_bars", lambda *how: (shown.append(how[1:]), draw_bars(*how)))
-    wrong = row("wrong", None, ok=False)
+    wrong = row("wrong", 1.0, ok=False, reason="wrong: output")
     ops = [row(name, op="attention", bytes_moved=1e6) for name in ("sdpa", "fastvit triton")]
     roofs = [row("torch", op="copy", bytes_moved=1e9), row("torch", op="matmul", flops=1e12)]
-    picture.draw([*roofs, EAGER, row(), wrong, *ops], tmp_path / "rows.png")
+    lost = row("fastvit triton", None, ok=False, reason="its process died")
+    picture.draw([*roofs, wrong, EAGER, row(), lost, *ops], tmp_path / "rows.png")
     assert [(op, [[r.provider for r in rows] for rows in groups]) for op, groups in shown] == [
         (MODEL, [["timm eager", "fastvit"]]),
         ("attention", [["sdpa", "fastvit triton"]]),

@@ -13,7 +13,7 @@ from fastvit.cli import app
 from fastvit_benchmarks import bench_attention, bench_ops, bench_patch_embed, op_bench, op_screen, roofline
 from fastvit_benchmarks.bench_attention import Attention
 from fastvit_benchmarks.bench_patch_embed import PatchEmbed
-from fastvit_benchmarks.harness import Row, load, measure
+from fastvit_benchmarks.harness import Row, load, measure, ratios
 from fastvit_benchmarks.op_bench import DIRECTIONS, differentiated
 from fastvit_benchmarks.outputs import INTERRUPTED, Outputs
 
@@ -44,12 +44,12 @@ def eager(case, device):
 
 
 def off_by(factor):
-    """Like ``eager``, with a provider whose output is wrong."""
+    """Like ``eager``, with a provider of torch's whose output is wrong, and one of ours."""
 
     def providers(case, device):
         given, absent = eager(case, device)
         wrong = differentiated(lambda **inputs: factor * case.reference(**inputs))
-        return given | {"wrong": wrong}, absent
+        return given | {"wrong": wrong, "fastvit wrong": wrong}, absent
 
     return providers
 
@@ -114,28 +114,96 @@ def test_work_of_patch_embed_is_counted():
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_wrong_provider_is_shown_without_a_time(kind, direction):
+def test_a_wrong_provider_of_ours_has_no_time_and_others_no_speed(kind, direction):
     status, shown, rows = run([TINY[kind](direction)], off_by(1.001))
-    (wrong,) = [row for row in rows if row.provider == "wrong"]
+    torchs, ours = [row for row in rows if row.provider in ("wrong", "fastvit wrong")]
     assert status == 0
-    assert "WRONG" in shown
-    assert "1 wrong" in shown
-    assert not wrong.ok
-    assert wrong.error_ratio > 10
-    assert {wrong.ms_p20, wrong.ms_p50, wrong.ms_p80, wrong.tflops, wrong.gbps, wrong.roofline_pct} == {None}
+    assert shown.count("WRONG") == 2
+    assert "2 wrong" in shown
+    for wrong in (torchs, ours):
+        assert not wrong.ok
+        assert wrong.reason.startswith("wrong: ")
+        assert wrong.error_ratio > 10
+    numbers = {ours.ms_p20, ours.ms_p50, ours.ms_p80, ours.tflops, ours.gbps, ours.roofline_pct}
+    assert numbers == {None}
+    assert torchs.ms_p50 > 0
+    (line,) = [line for line in shown.splitlines() if line.startswith("wrong ")]
+    assert line.split()[4] == "-"
+
+
+def refuse(case, inputs):
+    raise RuntimeError("no kernel\nfor this")
+
+
+def exhaust(case, inputs):
+    """Whose second run finds no memory left."""
+    call, runs = differentiated(case.reference)(case, inputs), []
+
+    def run():
+        runs.append(0)
+        if len(runs) > 1:
+            raise torch.OutOfMemoryError
+        return call()
+
+    return run
 
 
 def test_what_cannot_run_is_absent_with_its_reason():
     def providers(case, device):
-        def refuse(case, inputs):
-            raise RuntimeError("no kernel\nfor this")
-
-        return eager(case, device)[0] | {"refuses": refuse}, {}
+        given = {"eager": differentiated(case.reference), "fastvit refuses": refuse, "refuses": refuse}
+        return given | {"fastvit exhausts": exhaust, "fastvit": given["eager"]}, {"elsewhere": "for others"}
 
     status, shown, rows = run([TINY["attention"]()], providers)
     assert status == 0
     assert "refuses: not run: no kernel\n" in shown
-    assert "refuses" not in {row.provider for row in rows}
+    assert "0 wrong, 3 not run" in shown
+    found = {row.provider: (row.ok, row.reason, row.ms_p50 is None) for row in rows}
+    assert found == {
+        "eager": (True, None, False),
+        "refuses": (False, "no kernel", True),
+        "fastvit refuses": (False, "no kernel", True),
+        "fastvit exhausts": (False, "not enough memory", True),
+        "fastvit": (True, None, False),
+    }
+    in_table = [line.split()[0] for line in shown.splitlines() if line.rstrip().endswith(" ok")]
+    assert in_table == ["eager", "fastvit"]
+
+
+def test_without_memory_for_the_inputs_every_provider_says_so(monkeypatch):
+    def none_left(case, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(op_bench, "input_sets", none_left)
+    _, _, rows = run([TINY["attention"](), TINY["patch_embed"]()])
+    assert {row.op for row in rows} == {"attention", "patch_embed"}
+    assert {row.reason for row in rows} == {"not enough memory"}
+
+
+def test_torchs_rows_are_kept_before_ours_are_prepared(tmp_path):
+    """And each of ours before the next; the baseline takes part in every one's rounds."""
+    path, calls, known = tmp_path / "rows.json", [], {}
+
+    def providers(case, device):
+        def provider(name):
+            def prepare(case, inputs):
+                known[name] = [row.provider for row in load(path) if row.op == "attention"]
+                call = differentiated(case.reference)(case, inputs)
+                return lambda: (calls.append(name), call())[1]
+
+            return prepare
+
+        return {name: provider(name) for name in ("sdpa", "fastvit a", "compiled", "fastvit b")}, {}
+
+    _, shown, rows = run([TINY["attention"]()], providers, path)
+    assert known["compiled"] == []
+    assert known["fastvit a"] == ["sdpa", "compiled"]
+    assert known["fastvit b"] == ["sdpa", "compiled", "fastvit a"]
+    assert [row.provider for row in load(path)[-4:]] == ["sdpa", "compiled", "fastvit a", "fastvit b"]
+    assert all(row.ok for row in rows)
+    assert shown.count("attention fwd float32") == 1
+    after = calls[calls.index("fastvit b") :]
+    assert set(after) == {"sdpa", "fastvit b"}
+    assert after[1:] == ["sdpa", "fastvit b"] * (len(after) // 2)
 
 
 def test_triton_is_left_out_on_a_cpu_and_said_once():
@@ -202,7 +270,7 @@ def test_a_deliberately_slow_kernel_shows():
         return call
 
     timings = measure({"eager": takes(1), "slow": takes(3)}, rounds=3, clock=lambda: now[0])
-    assert op_bench.ratios(timings, "eager")["slow"] == pytest.approx(1 / 3)
+    assert ratios(timings, "eager")["slow"] == pytest.approx(1 / 3)
 
 
 def test_command_line(monkeypatch, tmp_path):

@@ -103,8 +103,15 @@ def test_machine_tells_what_is_here():
 
 
 def test_a_checkout_that_is_not_ours_is_not_reported(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
     monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
     assert machine_module._commit.__wrapped__() is None
+
+
+def test_sources_without_a_history_are_told_their_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
+    monkeypatch.setenv("FASTVIT_COMMIT", "abc1234")
+    assert machine_module._commit.__wrapped__() == "abc1234"
 
 
 def test_a_command_that_is_absent_or_fails_says_nothing():
@@ -129,6 +136,22 @@ def test_rows_survive_a_file(tmp_path):
     save(rows, path)
     assert load(path) == rows
     assert list(json.loads(path.read_text())[0]) == [field.name for field in fields(Row)]
+
+
+def test_rows_of_before_there_were_reasons_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    save([row(ok=False), row(ok=False, reason="its process died"), row(reason="")], path)
+    old = [
+        {name: value for name, value in kept.items() if name != "reason"}
+        for kept in json.loads(path.read_text())
+    ]
+    assert [kept.verdict for kept in load(path)] == ["wrong", "not run", "ok"]
+    path.write_text(json.dumps(old))
+    assert [(kept.reason, kept.verdict) for kept in load(path)] == [
+        (None, "wrong"),
+        (None, "wrong"),
+        (None, "ok"),
+    ]
 
 
 def test_a_file_of_other_fields_is_an_error(tmp_path):

@@ -26,6 +26,8 @@ def results(tmp_path):
         row("sdpa", 2.0, **known),
         row("fastvit triton", 1.0, **known),
         row("flash", None, error_ratio=70.0),
+        row("liger", 0.5, ok=False, reason="wrong: out", error_ratio=80.0),
+        row("fastvit kernel", None, reason="its process died"),
     ]
     roofs = [row("torch", 1.0, op="copy", bytes_moved=3e9), row("torch", 1.0, op="matmul", flops=7e11)]
     save([*roofs, *ops], tmp_path / "a-gpu" / "attention.json")
@@ -47,11 +49,19 @@ def test_the_page(results):
     assert f"| {what} | sdpa | 2 | 2 to 2 | 1.00x | 0.5 TFLOP |  |  | 1.25 |" in page
     assert "|  | fastvit triton | 1 | 1 to 1 | 2.00x | 1 TFLOP |  |  | 1.25 |" in page
     assert "|  | flash | **wrong** |  |  |  |  |  | 70 |" in page
+    assert "|  | liger | **wrong** |  |  |  |  |  | 80 |" in page
+    assert "|  | fastvit kernel | not run |  |  |  |  |  |  |" in page
     assert (
         "| test_vit forward, bfloat16, 3x224x224, batch 8 | timm eager | 4 | 4 to 4 | 1.00x | 2000 images |"
         in page
     )
     assert "![a-gpu/attention](benchmarks/a-gpu-attention.png)" in page
+
+
+def test_speeds_are_over_the_first_that_is_right(tmp_path):
+    wrong = row("sdpa", 1.0, ok=False, reason="wrong: out")
+    save([wrong, row("compiled", 4.0), row("fastvit triton", 2.0)], tmp_path / "a-gpu" / "attention.json")
+    assert "| fastvit triton | 2 | 2 to 2 | 2.00x |" in report.page(tmp_path, "benchmarks")
 
 
 def test_pictures_lie_where_the_page_says(results, tmp_path):

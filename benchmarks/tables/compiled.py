@@ -20,7 +20,7 @@ def table(rows: list[Row], gpu: str) -> list[dict[str, Any]]:
     """A row for each width and dtype: of the batch at which ours does worst against the compiler's best."""
     calls: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        if row.ms_p50 is not None and row.direction == "fwd":
+        if row.ok and row.ms_p50 is not None and row.direction == "fwd":
             calls.setdefault(row.call, {})[row.provider] = row
     worst: dict[tuple[int, str], tuple[float, Row]] = {}
     for providers in calls.values():

@@ -125,7 +125,6 @@ def tune(
 
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="When to begin no other entry.")] = 150,
-    commit: Annotated[str, typer.Option(help="Of sources without a git history.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = os.cpu_count() or 1,
 ) -> None:
     """Tune the tiles on this machine's GPU."""
@@ -139,9 +138,9 @@ def main(
     arch = arch_of(device)
     if arch not in tiles.ARCHITECTURES:
         sys.exit(f"tune_tiles: {arch} has no table of its own, and the safe one is for every GPU")
-    commit = commit or (here.commit or "").removesuffix("-dirty")
+    commit = (here.commit or "").removesuffix("-dirty")
     if not commit:
-        sys.exit("tune_tiles: a measured tile names its commit, and there is none: pass --commit")
+        sys.exit("tune_tiles: a measured tile names its commit, and there is none: set FASTVIT_COMMIT")
     notes = {"gpu": here.gpu, "date": date.today().isoformat(), "commit": commit}
     trials = Trials(arch, device, workers)
     measured, changed = tune(arch, list(calls()), trials, notes, deadline=deadline, say=print)
