@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit import ops, use_backend
 
 NATIVE = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
-BACKENDS = {"attention": "triton", "patch_embed": "triton"} | dict.fromkeys(NATIVE, "cuda")
+COMPILED = "cuda" if DEVICE == "cuda" else "cpp"
+BACKENDS = {"attention": "triton", "patch_embed": "triton"} | dict.fromkeys(NATIVE, COMPILED)
 OPS = tuple(BACKENDS)
 LIBRARY, HOPPER = pytest.mark.needs(library=True), pytest.mark.needs(capability=(9, 0), cutlass=True)
 EVERY_OP = [pytest.param(op, marks=LIBRARY) if op in NATIVE else op for op in OPS]

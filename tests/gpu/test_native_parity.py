@@ -3,9 +3,9 @@
 import op_cases
 import pytest
 import torch
-from gpu_calls import LIBRARY, MODES, skip_on_a_cpu
+from gpu_calls import COMPILED, LIBRARY, MODES, skip_on_a_cpu
 from kernel_checks import products_in
-from kernel_launches import DEVICE, on_device
+from kernel_launches import on_device
 from native_calls import FIXED, OPS, THROUGH, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
@@ -13,7 +13,6 @@ from fastvit import extension, use_backend
 from fastvit.regimes import pairwise, regimes_of
 
 SIZES = {"batch": 4, "tokens": 197}
-BACKEND = "cuda" if DEVICE == "cuda" else "cpp"
 
 
 pytestmark = LIBRARY
@@ -22,7 +21,7 @@ pytestmark = LIBRARY
 @pytest.fixture(autouse=True)
 def _native():
     skip_on_a_cpu(extension.why_no_ops("cpu"))
-    with use_backend(BACKEND):
+    with use_backend(COMPILED):
         yield
 
 
