@@ -59,6 +59,11 @@ gpu:
 	@$(BIN)/python -c '$(LOADS)' 2>/dev/null || FASTVIT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace || true
 	@$(BIN)/python -m fastvit_benchmarks.gpu $(STAGES) --budget $(BUDGET)
 
+# The same from end to end with a GPU that is made up, from a copy of the sources; GPU_PYTHON for another Python.
+.PHONY: rehearsal
+rehearsal: $(STAMP)
+	GPU_BUDGET=$(BUDGET) $(BIN)/python -m pytest tests/test_gpu_rehearsal.py -p no:cacheprovider -v
+
 # What a machine with a GPU needs that can neither build nor fetch, made where there is none, beside its torch:
 # make gpu-pack PYTHON=PATH, a Python like its own. See benchmarks/gpu/packed.py.
 PACK := build/gpu-pack

@@ -74,6 +74,11 @@ def errors(folder: Path) -> Iterator[str]:
 
 def times(folder: Path) -> Iterator[str]:
     """A line a call: each provider's time, and how many times as fast as the first it is."""
+    for row in findings.lines(folder / "logs" / "smoke" / "tests.jsonl"):
+        if (facts := row.get("facts")) and facts.get("ms"):
+            speed = facts["torch_ms"] / facts["ms"]
+            name = row["test"].partition("[")[2].rstrip("]")
+            yield f"smoke: {name}: torch {facts['torch_ms']:.4g}, ours {facts['ms']:.4g} {speed:.2f}x"
     for path in sorted(folder.glob("*.json")):
         calls = defaultdict(list)
         for row in findings.measured(path):

@@ -43,7 +43,8 @@ def tests(name: str, *words: str, workers: int = 8) -> Callable[[Facts], list[Co
     def commands(facts: Facts) -> list[Command]:
         count = os.environ.get("GPU_WORKERS") or str(min(workers, os.cpu_count() or 1))
         parallel = ("-n", count, "--max-worker-restart=1000") if "xdist" in facts.packages else ()
-        how = ("--confcutdir=tests/gpu", "-p", "no:cacheprovider", "--need-gpu", "--hang=60", "--keep={logs}")
+        hang = f"--hang={os.environ.get('GPU_HANG', '60')}"
+        how = ("--confcutdir=tests/gpu", "-p", "no:cacheprovider", "--need-gpu", hang, "--keep={logs}")
         return [
             _python(name, "-m", "pytest", "-q", "--tb=short", *how, *parallel, *words, read=findings.tests)
         ]
