@@ -108,7 +108,7 @@ cuda: $(STAMP)
 
 # Both libraries, where there is nvcc: who installs it needs none.
 wheel: $(STAMP)
-	rm -rf build
+	rm -rf build/lib*
 	FASTVIT_CUDA=$(WHEEL_CUDA) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # The models of transformers 4, whose classes differ, beside the environment's transformers 5.

@@ -33,6 +33,8 @@ ARCHS = ("80", "89", "90a", "100", "120")
 HOPPER = "90a"
 HOPPER_SOURCES = "*_sm90.cu"
 CUTLASS_FLAGS = ("-DNDEBUG", "-DFASTVIT_CUTLASS")
+# In the CUDA library itself: for which architectures it is, and CUTLASS's version.
+BUILT_FOR = "fastvit built for {}; CUTLASS {}"
 NO_CUTLASS = "CUTLASS's headers are absent (pip install --no-deps nvidia-cutlass)"
 
 
@@ -121,6 +123,13 @@ def _present() -> tuple[str, ...]:
     return tuple(arch for arch in ARCHS if arch in found)
 
 
+def built_for(library: Path) -> tuple[tuple[str, ...], str]:
+    """The architectures of a CUDA library and its CUTLASS's version; none where there is no library."""
+    said = library.read_bytes() if library.is_file() else b""
+    found = re.search(BUILT_FOR.format(r"([\w ]+)", r"([\w.]+)").encode(), said)
+    return (tuple(found[1].decode().split()), found[2].decode()) if found else ((), "none")
+
+
 def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
     """The CPU library, in the folder ``work``; with AddressSanitizer and UBSan if asked for."""
     levels = LEVELS if platform.machine() in ("x86_64", "AMD64") and not sanitize else {"base": ()}
@@ -153,8 +162,9 @@ def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...], cutlass: Cutlas
     if cublas is None:
         raise Unbuildable(f"libcublasLt is not beside {header.parent.parent.name}/include/cublasLt.h")
     build = _Ninja(work, tools, (*FLAGS, "-DFASTVIT_BUILD_CUDA"))
+    text = BUILT_FOR.format(" ".join(archs), cutlass.version if cutlass else "none")
     for name in SHARED:
-        build.compile(name)
+        build.compile(name, flags=(f'-DFASTVIT_BUILT_FOR="{text}"',))
     # nvcc knows where the toolkit's headers are; cuBLASLt's come with torch.
     for path in sorted(CSRC.glob("*cublaslt*.cpp")):
         build.compile(path.name, rule="nvcc", flags=("-isystem", str(header.parent)))
