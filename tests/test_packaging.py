@@ -40,6 +40,7 @@ def test_torch_has_a_floor_and_no_ceiling():
         "torch>=2.11"
     ]
     assert PROJECT["project"]["requires-python"] == ">=3.11"
+    assert "OLD_TORCH := 2.11.0\n" in (ROOT / "Makefile").read_text()
 
 
 def test_everything_asked_for_is_pinned():
