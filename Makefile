@@ -46,17 +46,41 @@ GPU_WORKERS ?= 4
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs --need-gpu -n $(GPU_WORKERS)
 
-# Tests, tunes and measures on the GPU here, in stages, going on where the last run ended; FRESH=1 begins anew,
-# STAGES="parity ops" runs these alone, LIMIT is seconds. The library is built by the first stage, with CUTLASS.
+# Tests, measures and tunes on the GPU here, the most telling first; STAGES="parity ops" runs these alone, BUDGET
+# is seconds. The library is built before, with CUTLASS, where it is not there for this GPU.
 STAGES ?=
-LIMIT ?= 1200
-FRESH ?=
+BUDGET ?= 1200
+LOADS = from fastvit import native_backend as n; raise SystemExit(n.can_run("layer_norm_mlp", "cuda"))
 gpu:
 	@nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { \
 		echo "make gpu: nvidia-smi lists no GPU here: run it on a machine that has one" >&2; exit 1; }
 	@$(MAKE) --no-print-directory FASTVIT_CUDA=0 $(STAMP)
 	@$(PIP) install --quiet --no-deps nvidia-cutlass==$(CUTLASS) || true
-	@$(BIN)/python -m fastvit_benchmarks.gpu $(STAGES) --limit $(LIMIT) $(if $(FRESH),--fresh)
+	@$(BIN)/python -c '$(LOADS)' 2>/dev/null || FASTVIT_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace || true
+	@$(BIN)/python -m fastvit_benchmarks.gpu $(STAGES) --budget $(BUDGET)
+
+# The same from end to end with a GPU that is made up, from a copy of the sources; GPU_PYTHON for another Python.
+.PHONY: rehearsal
+rehearsal: $(STAMP)
+	GPU_BUDGET=$(BUDGET) $(BIN)/python -m pytest tests/test_gpu_rehearsal.py -p no:cacheprovider -v
+
+# What a machine with a GPU needs that can neither build nor fetch, made where there is none, beside its torch:
+# make gpu-pack PYTHON=PATH, a Python like its own. See benchmarks/gpu/packed.py.
+PACK := build/gpu-pack
+PACK_ARCHS ?= 90a
+.PHONY: gpu-pack
+gpu-pack:
+	@$(PYTHON) -c 'import torch, triton, timm, pytest, typer, rich, ninja, pybind11, cutlass_library' || { \
+		echo "make gpu-pack PYTHON=PATH needs a Python with what the GPU's has, and nvidia-cutlass" >&2; exit 1; }
+	@rm -rf $(PACK)/lib $(PACK)/path && mkdir -p $(PACK)/path
+	ln -s ../../../kernels $(PACK)/path/fastvit_kernels
+	ln -s ../../../benchmarks $(PACK)/path/fastvit_benchmarks
+	git describe --always --dirty --exclude='*' > $(PACK)/commit
+	FASTVIT_CUDA=1 FASTVIT_CUDA_ARCHS=$(PACK_ARCHS) $(PYTHON) setup.py -q build_ext --build-lib $(PACK)/built \
+		--build-temp $(PACK)/temp
+	mkdir $(PACK)/lib && cp $(PACK)/built/fastvit/*.so $(PACK)/lib
+	PYTHONPATH=$(CURDIR):$(PACK)/path $(PYTHON) tests/pack_launches.py $(PACK)
+	@du -sh $(PACK)/lib $(PACK)/triton.tgz
 
 # BENCH="attention --quick", say; `fastvit bench ops --help` lists the rest.
 BENCH ?=

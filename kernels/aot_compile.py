@@ -6,6 +6,7 @@ import subprocess
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -80,18 +81,24 @@ def examine(launch: Launch, label: str, arch: str) -> Compiled:
 
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile for one compute capability (90, say), from arguments that may lie on the meta device.
+    """Compile for one compute capability (90, say), from arguments that may lie on the meta device."""
+    target = GPUTarget("cuda", capability, 32)
+    source, options = specialized(launch, target)
+    return triton.compile(source, target=target, options=options)
+
+
+def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What is compiled for a launch, and the options.
 
     The types and what is known of their values come from Triton's own binder, which a launch goes through.
     """
-    target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     given = launch.args | launch.constants | options
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     bound, specialization, options = bind(**given)
     options, *types = launch.kernel._pack_args(backend, given, bound, specialization, options)
-    return triton.compile(ASTSource(launch.kernel, *types), target=target, options=options.__dict__)
+    return ASTSource(launch.kernel, *types), options.__dict__
 
 
 def _usage(compiled: CompiledKernel) -> tuple[int, int]:

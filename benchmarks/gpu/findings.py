@@ -1,16 +1,17 @@
-"""What a stage's programs found, from their logs and from the rows that they kept."""
+"""What a stage's programs found, from what they left."""
 
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
+from typing import TYPE_CHECKING
 
-from fastvit.backends import TABLE
+from ..rows import ROOFS, Row, load
 
-from ..rows import OURS, ROOFS, Row, load
+if TYPE_CHECKING:
+    from .runner import Files
 
-_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed|deselected)\b")
-_TESTED = re.compile(r"\b\d+ \w+.* in [\d.]+s\b")
 _SANITIZED = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.+)")
 
 
@@ -22,97 +23,62 @@ class Finding:
     fault: str = ""
 
 
-def tests(log: str, rows: Path) -> Finding:
-    """pytest's own count. A skipped test has shown nothing, so one is a failure."""
-    lines = [line for line in log.splitlines() if _TESTED.search(line) and _COUNT.search(line)]
-    counts = {what: int(number) for number, what in _COUNT.findall(lines[-1])} if lines else {}
-    text = ", ".join(f"{number} {what}" for what, number in counts.items())
-    if skipped := counts.get("skipped"):
-        return Finding(text, f"{skipped} skipped")
-    return Finding(text, "" if counts.get("passed") else "no test passed")
+def last_line(files: "Files") -> Finding:
+    """What a program says last."""
+    lines = [line.strip() for line in _text(files.log).splitlines() if line.strip()]
+    return Finding(lines[-1][:200] if lines else "")
 
 
-def sanitized(log: str, rows: Path) -> Finding:
+def tests(files: "Files") -> Finding:
+    """How many tests ended how. A skipped one has shown nothing, so one is a failure."""
+    counts = Counter(row["outcome"] for row in last(lines(files.logs / "tests.jsonl"), "test"))
+    text = ", ".join(f"{number} {what}" for what, number in counts.most_common())
+    if counts["skipped"]:
+        return Finding(text, f"{counts['skipped']} skipped")
+    return Finding(text, "" if counts["passed"] else "no test passed")
+
+
+def sanitized(files: "Files") -> Finding:
     """compute-sanitizer's own summary, and that the calls under it came to their end."""
+    log = _text(files.log)
     summary = _SANITIZED.findall(log)
     if not summary or "calls ran" not in log:
         return Finding(summary[-1] if summary else "", "the calls did not come to their end")
     return Finding(summary[-1])
 
 
-def last_line(log: str, rows: Path) -> Finding:
-    """What a program says last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return Finding(lines[-1] if lines else "")
-
-
-def kept_rows(log: str, rows: Path) -> Finding:
-    """How many rows there are, and wrong ones among them."""
-    found = measured(rows)
+def kept_rows(files: "Files") -> Finding:
+    """How many rows there are, and those without a time, or wrong, among them."""
+    found = measured(files.rows)
     if not found:
         return Finding("", "it kept no rows")
-    wrong = sum(not row.ok for row in found)
-    return Finding(f"{len(found)} rows" + (f", {wrong} wrong" if wrong else ""))
+    not_ok = sum(not row.ok for row in found)
+    return Finding(f"{len(found)} rows" + (f", {not_ok} not right or not timed" if not_ok else ""))
 
 
 def measured(path: Path) -> list[Row]:
-    """A file's rows without those of the machine's own roofline; none if it cannot be read."""
+    """A file's rows without those of the machine's own roofline; none if it has none."""
     try:
         return [row for row in load(path) if row.op not in ROOFS]
     except (OSError, ValueError):
         return []
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Our fastest provider of a call (or of an op's calls, by the geometric mean) and how it compares."""
-
-    what: str
-    direction: str
-    dtype: str
-    batch: str
-    provider: str
-    ms: float | None
-    over_eager: float | None
-    over_compiled: float | None
+def lines(path: Path) -> list[dict]:
+    """A file of a JSON object a line, as far as it was written."""
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # its writer was ended within it
+            continue
+    return found
 
 
-def figures(rows: list[Row]) -> list[Figure]:
-    """One for each call of a model, and for each op and direction."""
-    calls: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row.ok and row.ms_p50:
-            key = (row.op, row.direction, row.dtype, row.shape, row.batch)
-            calls.setdefault(key, []).append(row)
-    groups: dict[tuple, list[tuple[Row, float | None, float | None]]] = {}
-    for (op, direction, dtype, _, batch), providers in calls.items():
-        compared = _compared(providers)
-        if compared is not None:
-            of_an_op = op.partition(",")[0] in TABLE
-            groups.setdefault((op, direction, dtype, "all" if of_an_op else str(batch)), []).append(compared)
-    return [_figure(key, compared) for key, compared in groups.items()]
+def last(rows: list[dict], key: str) -> list[dict]:
+    """The last row of each."""
+    return list({row[key]: row for row in rows}.values())
 
 
-def _compared(rows: list[Row]) -> tuple[Row, float | None, float | None] | None:
-    """Our fastest, and how many times as long the first that is not ours takes, and the compiler."""
-    ours = min((row for row in rows if row.provider.startswith(OURS)), key=_ms, default=None)
-    if ours is None:
-        return None
-    others = [row for row in rows if not row.provider.startswith(OURS)]
-    compiled = min((row for row in others if "compiled" in row.provider), key=_ms, default=None)
-    over = [None if row is None else row.ms_p50 / ours.ms_p50 for row in (next(iter(others), None), compiled)]
-    return ours, *over
-
-
-def _ms(row: Row) -> float:
-    return row.ms_p50
-
-
-def _figure(key: tuple, compared: list[tuple[Row, float | None, float | None]]) -> Figure:
-    alone = compared[0][0] if len(compared) == 1 else None
-    providers = {ours.provider for ours, _, _ in compared}
-    means = []
-    for column in (1, 2):
-        known = [entry[column] for entry in compared if entry[column] is not None]
-        means.append(geometric_mean(known) if known else None)
-    return Figure(*key, "/".join(sorted(providers)), alone and alone.ms_p50, *means)
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -28,7 +28,7 @@ import fastvit_kernels
 from fastvit import extension, measurements
 
 from .. import files
-from ..gpu.preflight import HOPPER, slug
+from ..gpu.facts import HOPPER, slug
 from ..harness import machine
 from ..op_bench import run_case
 from .gpu_questions import Asked, folded, fused, of_models

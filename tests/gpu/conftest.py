@@ -4,7 +4,8 @@ These tests need torch, triton and pytest beside fastvit, and nothing else. By h
 
     python -m pytest tests/gpu --confcutdir=tests/gpu -p no:cacheprovider -rs
 
-With ``--interpreted`` those that compare numbers run on a CPU, in float16 and float32.
+With ``--interpreted`` those that compare numbers run on a CPU, in float16 and float32. What the machine lacks
+beside a GPU is no reason to skip: such tests are left out by name (needs.py).
 """
 
 import fcntl
@@ -16,15 +17,22 @@ from pathlib import Path
 import pytest
 import torch
 
-OLDEST_CAPABILITY = (8, 0)
-
 # Modules beside this file are found by their bare names, as those in tests/ are.
 sys.path.append(str(Path(__file__).parent))
+
+from isolation import Isolation
+from keeping import Outcomes, keep_verdicts
+from needs import LeftOut
+
+OLDEST_CAPABILITY = (8, 0)
 
 
 def pytest_addoption(parser):
     parser.addoption("--need-gpu", action="store_true", help="fail at once where there is no GPU to test on")
     parser.addoption("--interpreted", action="store_true", help="compare numbers in Triton's interpreter")
+    parser.addoption("--no-runtime", action="store_true", help="leave out what needs CUDA itself")
+    parser.addoption("--hang", type=float, default=0, metavar="SECONDS", help="end a test's process by then")
+    parser.addoption("--keep", metavar="FOLDER", help="keep what each test and check came to")
 
 
 def pytest_configure(config):
@@ -32,6 +40,15 @@ def pytest_configure(config):
         pytest.exit(f"no GPU was tested: {reason}", returncode=1)
     if config.getoption("--interpreted", default=False):
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which reads it once
+    runtime = not config.getoption("--no-runtime", default=False)
+    config.pluginmanager.register(LeftOut(missing() is None, runtime))
+    config.pluginmanager.register(Isolation(config, config.getoption("--hang", default=0)))
+    if folder := config.getoption("--keep", default=None):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_verdicts(folder)
+        if not hasattr(config, "workerinput"):
+            config.pluginmanager.register(Outcomes(folder))
 
 
 def missing() -> str | None:
@@ -64,15 +81,9 @@ def gpu() -> torch.device:
 
 @pytest.fixture
 def room(gpu):
-    """``room(gigabytes)`` skips the test where less is free; tests that ask run one at a time."""
+    """Tests that take much of the GPU's memory run one at a time, whatever the processes."""
     with open(Path(tempfile.gettempdir(), f"fastvit-test-gpu-{os.getuid()}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def ask(gigabytes: float) -> None:
-            torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(gpu)[0] / 1e9
-            if free < gigabytes:
-                pytest.skip(f"needs {gigabytes} GB of GPU memory; {free:.0f} are free")
-
-        yield ask
+        torch.cuda.empty_cache()
+        yield
         torch.cuda.empty_cache()

@@ -11,11 +11,16 @@ from op_cases import Call, converted
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import extension, ops, use_backend
+from fastvit import ops, use_backend
 
 NATIVE = ("layer_norm_linear", "linear_residual", "layer_norm_mlp")
-BACKENDS = {"attention": "triton", "patch_embed": "triton"} | dict.fromkeys(NATIVE, "cuda")
+COMPILED = "cuda" if DEVICE == "cuda" else "cpp"
+BACKENDS = {"attention": "triton", "patch_embed": "triton"} | dict.fromkeys(NATIVE, COMPILED)
 OPS = tuple(BACKENDS)
+LIBRARY, HOPPER = pytest.mark.needs(library=True), pytest.mark.needs(capability=(9, 0), cutlass=True)
+EVERY_OP = [pytest.param(op, marks=LIBRARY) if op in NATIVE else op for op in OPS]
+# Clock cycles, about 0.1 s: what does not wait is finished long before.
+DELAY = 200_000_000
 # How an op is computed: a dtype, and the precision of float32 products.
 MODES = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -39,9 +44,9 @@ SIZES = {
 FULL = op_cases.FULL | {"patch_embed": {"images": "uint8", "normalized": "tensors"}}
 
 
-def needs_native() -> None:
-    """Skips the test, with the reason, where the compiled library for the device is not there."""
-    if reason := extension.why_no_ops("cuda" if DEVICE == "cuda" else "cpu"):
+def skip_on_a_cpu(reason: object) -> None:
+    """Skips the test, if there is a reason and this is a CPU: a GPU's lacks are its markers'."""
+    if reason and DEVICE == "cpu":
         pytest.skip(str(reason))
 
 
@@ -60,17 +65,19 @@ def flipped(call: Call) -> Call:
     return converted(call, lambda tensor: tensor.flip(-1).contiguous())
 
 
-def run(op: str, call: Call) -> dict[str, Tensor]:
-    """The op on its kernels, as in inference and as in training: outputs and every gradient."""
-    function = getattr(ops, op)
+def leaves_of(op: str, call: Call) -> dict[str, Tensor]:
+    """What the kernels give gradients to, requiring them."""
     names = TRAINED.get(op) or [name for name in given_tensors(call) if name != "sample_scale"]
-    leaves = {
+    return {
         name: call[name].detach().requires_grad_()
         for name in names
         if call.get(name) is not None and call[name].is_floating_point()
     }
-    if op in NATIVE:
-        needs_native()
+
+
+def run(op: str, call: Call) -> dict[str, Tensor]:
+    """The op on its kernels, as in inference and as in training: outputs and every gradient."""
+    function, leaves = getattr(ops, op), leaves_of(op, call)
     with use_backend(BACKENDS[op]):
         with torch.no_grad():
             inferred = function(**call)
@@ -95,8 +102,8 @@ def judged_in(mode: str) -> Iterator[tuple[torch.dtype, str]]:
     Its fused float32 attention multiplies in three tf32 steps whatever is allowed: no yardstick for one.
     """
     dtype, precision = MODES[mode]
-    if DEVICE == "cpu" and mode in ("bfloat16", "tf32"):
-        pytest.skip(f"{mode} is a GPU's: Triton's interpreter on a {DEVICE} does not compute in it")
+    if mode in ("bfloat16", "tf32"):
+        skip_on_a_cpu(f"{mode} is a GPU's: Triton's interpreter does not compute in it")
     if precision == "ieee":
         yield dtype, precision
         return

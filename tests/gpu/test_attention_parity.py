@@ -1,6 +1,5 @@
 """attention on the Triton kernels is within the contract in every dtype, forward and backward."""
 
-from functools import partial
 from itertools import cycle
 
 import op_cases
@@ -8,17 +7,20 @@ import pytest
 from gpu_calls import MODES, judged_in
 from kernel_checks import attention_within_contract
 from kernel_launches import GRADS
+from served import KERNELS, served
 
-import fastvit_kernels as kernels
-import fastvit_kernels.attention
 from fastvit.regimes import REGIMES, pairwise, regimes_of
 
 
-def judged(mode, grad, build, **cell):
-    with judged_in(mode) as (dtype, precision):
-        call = build(dtype=dtype, **cell)
-        for given in (None, grad):
-            attention_within_contract(kernels, call, given, precision=precision)
+def judged(mode, grad, call):
+    with judged_in(mode) as (_, precision):
+        for given in dict.fromkeys((None, grad)):
+            attention_within_contract(KERNELS, call, given, precision=precision)
+
+
+def of_regime(cell):
+    sizes = {name: cell[name] for name in ("tokens", "head_dim")}
+    return op_cases.regime_call("attention", cell["regime"], MODES[cell["mode"]][0], batch=2, **sizes)
 
 
 # Pairwise over data, dtypes, tokens and head dims. Dropped, because each cell compiles kernels of its own:
@@ -31,27 +33,30 @@ CELLS = pairwise(
     head_dim=(32, 64, 72, 80, 96, 128),
 )
 CELLS = [cell | {"grad": grad} for cell, grad in zip(CELLS, cycle(GRADS), strict=False)]
+CELLS = served("attention", CELLS, of_regime)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=op_cases.name)
 def test_every_regime(cell):
-    judged(build=partial(op_cases.regime_call, "attention", batch=2), **cell)
+    judged(cell["mode"], cell["grad"], of_regime(cell))
 
 
-# Every option pairwise, with dtypes and kinds of gradient. Dropped: a causal mask, which the kernels lack.
-OPTIONS = [
-    cell
-    for cell in op_cases.cells("attention", mode=tuple(MODES), grad=tuple(GRADS))
-    if cell["mask"] != "causal"
-]
+def with_options(cell):
+    options = {name: value for name, value in cell.items() if name not in ("mode", "grad")}
+    return op_cases.build("attention", dtype=MODES[cell["mode"]][0], tokens=83, head_dim=64, **options)
+
+
+# Every option pairwise, with dtypes and kinds of gradient; a causal mask the kernels lack.
+OPTIONS = served("attention", op_cases.cells("attention", mode=tuple(MODES), grad=tuple(GRADS)), with_options)
 
 
 @pytest.mark.parametrize("cell", OPTIONS, ids=op_cases.name)
 def test_every_option(cell):
-    judged(build=partial(op_cases.build, "attention", tokens=83, head_dim=64), **cell)
+    judged(cell["mode"], cell["grad"], with_options(cell))
 
 
 # The longest of a ViT's: many blocks of keys. Dropped: other dtypes, for the time of their oracle.
 @pytest.mark.parametrize("mode", ["bfloat16", "float16"])
 def test_many_tokens(mode, gpu):
-    judged(mode, "contiguous", partial(op_cases.build, "attention", tokens=1370, head_dim=64))
+    call = op_cases.build("attention", dtype=MODES[mode][0], tokens=1370, head_dim=64)
+    judged(mode, "contiguous", call)

@@ -8,27 +8,24 @@ from functools import partial
 import op_cases
 import pytest
 import torch
-from gpu_calls import MODES, given_tensors, needs_native, same
+from gpu_calls import HOPPER, MODES, given_tensors, same
 from kernel_launches import on_device
 from native_calls import FIXED, THROUGH, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
-from fastvit import extension, ops, use_backend
+from fastvit import ops, use_backend
 from fastvit.ops import native
 from fastvit.regimes import pairwise, regimes_of
 
 OP, LINEAR = "layer_norm_mlp", "layer_norm_linear"
 HALF = ("float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+pytestmark = HOPPER
+of_the_profiler = pytest.mark.needs(runtime=True)  # which says what ran
 
 
 @pytest.fixture(autouse=True)
 def _fused(gpu):
-    needs_native()
-    if torch.cuda.get_device_capability(gpu) != (9, 0):
-        pytest.skip(f"{torch.cuda.get_device_name()} is no Hopper")
-    if extension.build_info().cutlass == "none":
-        pytest.skip(f"the library is built without CUTLASS: {extension.build_info()}")
     with use_backend("cuda"), native.fusing(True), native.folding(False):
         yield
 
@@ -113,6 +110,7 @@ def kernels_of(function):
     return [event.key for event in profile.key_averages()]
 
 
+@of_the_profiler
 def test_it_is_what_runs():
     call = build("bfloat16", batch=2, tokens=197, width=384, hidden=1536)
     names = kernels_of(lambda: run(call))
@@ -123,6 +121,7 @@ def test_it_is_what_runs():
 
 
 # A width that TMA cannot address takes the portable products, and says nothing.
+@of_the_profiler
 def test_other_widths_are_served_as_before():
     judged(build("bfloat16", batch=2, tokens=50, width=131, hidden=131))
     folds(build("bfloat16", batch=2, tokens=50, width=131, hidden=131), served=False)
@@ -153,12 +152,14 @@ FOLDED_CELLS = pairwise(
 )
 
 
+@of_the_profiler
 @pytest.mark.parametrize("cell", FOLDED_CELLS, ids=op_cases.name)
 def test_every_option_with_the_norm_folded(cell):
     cell = dict(cell)
     folds(build(cell.pop("mode"), **cell), served=cell["activation"] != "swiglu")
 
 
+@of_the_profiler
 @pytest.mark.parametrize("mode", HALF)
 @pytest.mark.parametrize("width", [384, 768, 1024])
 @pytest.mark.parametrize("batch", [1, 8, 64])
@@ -168,6 +169,7 @@ def test_the_shapes_of_models_with_the_norm_folded(mode, width, batch):
     folds(build(mode, LINEAR, **size, out=3 * width), LINEAR)
 
 
+@of_the_profiler
 @pytest.mark.parametrize("op", [OP, LINEAR])
 @pytest.mark.parametrize(("mode", "regime"), REGIMES)
 def test_every_regime_with_the_norm_folded(op, mode, regime):
@@ -176,12 +178,14 @@ def test_every_regime_with_the_norm_folded(op, mode, regime):
 
 
 # The regimes' mean is thirty deviations; how a tensor core rounds its sums decides what of a hundred is left.
+@of_the_profiler
 @pytest.mark.parametrize("mode", HALF)
 def test_a_mean_of_a_hundred_deviations_with_the_norm_folded(mode):
     call = build(mode, LINEAR, batch=2, tokens=197, width=768, out=2304)
     folds(call | {"x": call["x"] + 100}, LINEAR)
 
 
+@of_the_profiler
 def test_an_edit_is_seen_with_the_norm_folded():
     call = build("bfloat16", batch=2, tokens=197, width=384, hidden=1536)
     for name in ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias"):
@@ -190,6 +194,7 @@ def test_an_edit_is_seen_with_the_norm_folded():
     folds(call)
 
 
+@pytest.mark.needs(runtime=True)
 def test_in_a_graph():
     call = build("bfloat16", batch=8, tokens=197, width=768, hidden=3072)
     with torch.no_grad():

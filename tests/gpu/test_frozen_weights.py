@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from gpu_calls import NATIVE, call_of, needs_native
+from gpu_calls import NATIVE, call_of
 
 from fastvit import derived, ops, use_backend
 
+pytestmark = pytest.mark.needs(library=True, runtime=True)
 WEIGHTS = dict(zip(NATIVE, ("weight", "weight", "fc1_weight"), strict=True))
 
 
@@ -21,7 +22,6 @@ def _nothing_kept():
 @pytest.mark.parametrize("op", NATIVE)
 def test_a_write_past_torch_is_seen_a_call_later(op, gpu):
     """Weights in float32 under autocast, of which a copy in bfloat16 is kept."""
-    needs_native()
     call, run = call_of(op, torch.float32), partial(getattr(ops, op), frozen=True)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), use_backend("cuda"):
         before = run(**call)
@@ -37,7 +37,6 @@ def test_a_write_past_torch_is_seen_a_call_later(op, gpu):
 
 
 def test_nothing_waits(gpu):
-    needs_native()
     call = call_of("linear_residual", torch.float32)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16), use_backend("cuda"):
         ops.linear_residual(**call, frozen=True)

@@ -1,31 +1,29 @@
 """A graphed model on a GPU: the model's bits from one launch, on any stream, with the weights of now."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from gpu_calls import needs_native
+from gpu_calls import DELAY, HOPPER, LIBRARY
 from torch import nn
 from torch.autograd import DeviceType
 
 import fastvit
-from fastvit import extension, graphed, use_backend
+from fastvit import graphed, use_backend
 from fastvit.backends import kernels_for
 from fastvit.ops import native
 from fastvit.verification import randomize
 
-# Clock cycles, about 0.1 s: what does not wait is finished long before.
-DELAY = 200_000_000
+pytestmark = pytest.mark.needs(runtime=True)
+TIMM = pytest.mark.needs(package="timm")
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 192, "depth": 3, "num_heads": 3}
-MODELS = ("fastvit", "timm, train", "timm, inference")
+MODELS = ["fastvit", *(pytest.param(f"timm, {mode}", marks=TIMM) for mode in ("train", "inference"))]
 
 
 def ours():
-    needs_native()
     return use_backend(**kernels_for("cuda"))
 
 
 BACKENDS = {"torch's": lambda: use_backend("reference"), "ours": ours}
+EACH = ["torch's", pytest.param("ours", marks=LIBRARY)]
 
 
 def model_of(kind="fastvit", dtype=torch.bfloat16, **options):
@@ -33,7 +31,8 @@ def model_of(kind="fastvit", dtype=torch.bfloat16, **options):
     if kind == "fastvit":
         model = fastvit.VisionTransformer(**options)
     else:
-        timm = pytest.importorskip("timm", reason="timm's models are accelerated here")
+        import timm
+
         model = timm.create_model("vit_tiny_patch16_224", **options)
         fastvit.accelerate(model, mode=kind.removeprefix("timm, "))
     return randomize(model).to("cuda", dtype).eval()
@@ -64,7 +63,7 @@ def _no_grad(gpu):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_the_bits_are_the_models(kind, dtype, backend):
     runner = graphed(model_of(kind, dtype))
     with BACKENDS[backend]():
@@ -76,7 +75,7 @@ def test_the_bits_are_the_models(kind, dtype, backend):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_autocast(kind, backend):
     runner = graphed(model_of(kind, torch.float32))
     with BACKENDS[backend]():
@@ -133,6 +132,7 @@ CHANGES = {
 }
 
 
+@LIBRARY
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_are_followed(kind, change):
@@ -155,6 +155,8 @@ def test_another_dtype_is_captured_again():
     assert_replays(runner, images(dtype=torch.float16))
 
 
+@LIBRARY
+@TIMM
 def test_a_replay_runs_no_more_kernels_than_the_model():
     """So that what is derived from weights is not derived at each replay."""
     runner, x = graphed(model_of("timm, inference")), images()
@@ -267,9 +269,8 @@ def test_cuda_is_usable_after_what_cannot_be_captured(how):
     assert_replays(graphed(model_of()), images())
 
 
+@pytest.mark.needs(gpus=2)
 def test_the_gpu_of_the_model():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU: the device guard was not tested")
     runner = graphed(model_of().to("cuda:1"))
     assert_replays(runner, images(device="cuda:1"))
     assert torch.cuda.current_device() == 0
@@ -285,16 +286,15 @@ def kernels_of(function):
     return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["8", "7, fc1 with its activation"])
+@LIBRARY
+@TIMM
+@pytest.mark.parametrize("fused", [pytest.param(False, id="8"), pytest.param(True, id="7", marks=HOPPER)])
 def test_how_many_kernels_a_block_is(fused, gpu):
-    """Norm, qkv; attention; projection; norm, fc1, activation, fc2."""
-    hopper = torch.cuda.get_device_capability(gpu) == (9, 0)
-    if fused and (not hopper or extension.build_info().cutlass == "none"):
-        pytest.skip("fc1 with its activation is for Hopper, and built with CUTLASS")
+    """Norm, qkv; attention; projection; norm, fc1, activation (in fc1, if fused), fc2."""
     base = {"img_size": 224, "embed_dim": 768, "depth": 1, "num_heads": 12}
     block = model_of("timm, inference", **base).blocks[0]
     x = torch.randn(8, 197, 768, device=gpu, dtype=torch.bfloat16)
-    with ours(), native.fusing(fused) if fused else nullcontext():
+    with ours(), native.fusing(fused):
         block(x)  # compiles, and derives weights
         names = kernels_of(lambda: block(x))
     assert 0 < len(names) <= (7 if fused else 8), "\n".join(names)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_checks import plain, plain_gradients
+from kernel_launches import DEVICE
 from op_cases import float64
 
 from fastvit import ops, use_backend
@@ -33,21 +34,26 @@ def attention_is_right(out, dqkv, call, grad):
         right(f"d{part}", *tensors, kind, backward=True)
 
 
-def judged_attention(batch, tokens, heads, head_dim, device, dtype):
+def attention(batch, tokens, heads, head_dim, device, dtype):
+    """The call, its gradient, and what the kernels make of both."""
     width = heads * head_dim
     qkv = torch.empty(batch, tokens, 3 * width, dtype=dtype, device=device).normal_().requires_grad_()
     with use_backend("triton"):
         out = ops.attention(qkv, heads)
         grad = torch.empty_like(out).normal_()
         (dqkv,) = torch.autograd.grad(out, qkv, grad)
-    for at in (0, batch // 2, batch - 1):
+    return {"qkv": qkv.detach(), "num_heads": heads}, grad, out.detach(), dqkv
+
+
+def judged_attention(*sizes):
+    call, grad, out, dqkv = attention(*sizes)
+    for at in (0, len(out) // 2, len(out) - 1):
         here = slice(at, at + 1)
-        call = {"qkv": qkv.detach()[here], "num_heads": heads}
-        attention_is_right(out.detach()[here], dqkv[here], call, grad[here])
+        attention_is_right(out[here], dqkv[here], call | {"qkv": call["qkv"][here]}, grad[here])
 
 
-def judged_patch_embed(batch, images, device, dtype, side=224, patch=16, width=768):
-    """Only the images that are looked at have a gradient, or the oracle would need them all in float64."""
+def patch_embed(batch, images, device, dtype, side=224, patch=16, width=768):
+    """The same. Only the images that are looked at have a gradient: the oracle would need all in float64."""
     given = torch.empty(
         batch, 3, side, side, dtype=dtype if images == "float" else torch.uint8, device=device
     )
@@ -60,17 +66,26 @@ def judged_patch_embed(batch, images, device, dtype, side=224, patch=16, width=7
     }
     leaves = {name: tensor.requires_grad_() for name, tensor in call.items()}
     leaves["images"] = given.requires_grad_(images == "float")
-    at = (0, batch // 2, batch - 1)
     with use_backend("triton"):
         out = ops.patch_embed(**leaves)
         grad = torch.zeros_like(out)
-        for image in at:
+        for image in looked_at(batch):
             grad[image].normal_()
         names = [name for name, tensor in leaves.items() if tensor.requires_grad]
         found = torch.autograd.grad(out, [leaves[name] for name in names], grad)
-    found = dict(zip(names, found, strict=True))
-    few = {name: tensor.detach() for name, tensor in leaves.items()} | {"images": picked(given.detach(), at)}
-    right("out", picked(out.detach(), at), plain("patch_embed", float64(few)), plain("patch_embed", few))
+    leaves = {name: tensor.detach() for name, tensor in leaves.items()}
+    return leaves, grad, out.detach(), dict(zip(names, found, strict=True))
+
+
+def looked_at(batch):
+    return 0, batch // 2, batch - 1
+
+
+def judged_patch_embed(batch, images, *how, **sizes):
+    call, grad, out, found = patch_embed(batch, images, *how, **sizes)
+    at, names = looked_at(batch), list(found)
+    few = call | {"images": picked(call["images"], at)}
+    right("out", picked(out, at), plain("patch_embed", float64(few)), plain("patch_embed", few))
     truth = plain_gradients("patch_embed", float64(few), picked(grad, at).double(), names)
     torchs = plain_gradients("patch_embed", few, picked(grad, at), names)
     if images == "float":
@@ -81,24 +96,25 @@ def judged_patch_embed(batch, images, device, dtype, side=224, patch=16, width=7
         right(f"d{name}", found[name], truth[name], torchs[name], kind, backward=True)
 
 
+ATTENTION = (FAR // (197 * 3 * 12 * 64) + 2, 197, 12, 64)
+IMAGES = FAR // (3 * 224 * 224) + 2
+
+
+@pytest.mark.needs(gigabytes=20)
 def test_attention(gpu, room):
-    batch = FAR // (197 * 3 * 12 * 64) + 2
-    room(20)
-    judged_attention(batch, 197, 12, 64, gpu, torch.bfloat16)
+    judged_attention(*ATTENTION, gpu, torch.bfloat16)
 
 
 # Tokens and their gradient have more than 2^31 elements too.
+@pytest.mark.needs(gigabytes=30)
 @pytest.mark.parametrize("images", ["uint8", "float"])
 def test_patch_embed(images, gpu, room):
-    batch = FAR // (3 * 224 * 224) + 2
-    room(30)
-    judged_patch_embed(batch, images, gpu, torch.bfloat16)
+    judged_patch_embed(IMAGES, images, gpu, torch.bfloat16)
 
 
 # The same bodies in the interpreter, or on any GPU, at a size that fits everywhere.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_same_on_few_elements(dtype):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judged_attention(4, 17, 2, 32, device, dtype)
+    judged_attention(4, 17, 2, 32, DEVICE, dtype)
     for images in ("uint8", "float"):
-        judged_patch_embed(4, images, device, dtype, side=16, patch=4, width=24)
+        judged_patch_embed(4, images, DEVICE, dtype, side=16, patch=4, width=24)

@@ -3,29 +3,31 @@
 import op_cases
 import pytest
 import torch
-from gpu_calls import MODES, needs_native
+from gpu_calls import COMPILED, LIBRARY, MODES, skip_on_a_cpu
 from kernel_checks import products_in
-from kernel_launches import DEVICE, on_device
+from kernel_launches import on_device
 from native_calls import FIXED, OPS, THROUGH, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
-from fastvit import use_backend
+from fastvit import extension, use_backend
 from fastvit.regimes import pairwise, regimes_of
 
 SIZES = {"batch": 4, "tokens": 197}
-BACKEND = "cuda" if DEVICE == "cuda" else "cpp"
+
+
+pytestmark = LIBRARY
 
 
 @pytest.fixture(autouse=True)
 def _native():
-    needs_native()
-    with use_backend(BACKEND):
+    skip_on_a_cpu(extension.why_no_ops("cpu"))
+    with use_backend(COMPILED):
         yield
 
 
 def judged(op, call, mode, **how):
-    if BACKEND == "cpp" and mode in ("float16", "tf32"):
-        pytest.skip(f"{mode} is a GPU's: the C++ library has none")
+    if mode in ("float16", "tf32"):
+        skip_on_a_cpu(f"{mode} is a GPU's: the C++ library has none")
     call, precision = on_device(call), MODES[mode][1]
     if call.get("sample_scale") is not None:
         call["sample_scale"] = torch.tensor([1.25, 0, 2.5, 1.25]).to(call["sample_scale"])

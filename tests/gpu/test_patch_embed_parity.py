@@ -6,9 +6,8 @@ import torch
 from gpu_calls import MODES, judged_in
 from kernel_checks import embed_within_contract
 from kernel_launches import GRADS
+from served import KERNELS, served
 
-import fastvit_kernels as kernels
-import fastvit_kernels.patch_embed
 from fastvit.regimes import pairwise, regimes_of
 
 LAYOUTS = {
@@ -18,10 +17,17 @@ LAYOUTS = {
 }
 
 
-def judged(call, grad, layout, precision):
-    call["images"] = LAYOUTS[layout](call["images"])
-    for given in (None, grad):
-        embed_within_contract(kernels, call, given, precision=precision)
+def judged(mode, grad, call):
+    with judged_in(mode) as (_, precision):
+        for given in dict.fromkeys((None, grad)):
+            embed_within_contract(KERNELS, call, given, precision=precision)
+
+
+def with_options(cell):
+    options = {name: value for name, value in cell.items() if name not in ("mode", "grad", "layout")}
+    sizes = {"batch": 3, "grid": (3, 5), "width": 72}
+    call = op_cases.build("patch_embed", dtype=MODES[cell["mode"]][0], **sizes, **options)
+    return call | {"images": LAYOUTS[cell["layout"]](call["images"])}
 
 
 # Pairwise over all that a call can vary in. Dropped: colours as sequences, which the op makes tensors of, and
@@ -39,27 +45,27 @@ CELLS = pairwise(
     prefix=(1, 0, 5),
     grad=tuple(GRADS),
 )
+CELLS = served("patch_embed", CELLS, with_options)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=op_cases.name)
 def test_every_option(cell):
-    cell = dict(cell)
-    mode, grad, layout = (cell.pop(name) for name in ("mode", "grad", "layout"))
-    with judged_in(mode) as (dtype, precision):
-        call = op_cases.build("patch_embed", dtype=dtype, batch=3, grid=(3, 5), width=72, **cell)
-        judged(call, grad, layout, precision)
+    judged(cell["mode"], cell["grad"], with_options(cell))
+
+
+def of_regime(cell):
+    sizes = {"batch": 2, "tokens": 197, "width": 192, "patch": 16}
+    return op_cases.regime_call("patch_embed", cell["regime"], MODES[cell["mode"]][0], **sizes)
 
 
 REGIMES = [
-    {"mode": mode, "regime": regime}
+    {"mode": mode, "regime": regime, "grad": "contiguous"}
     for mode, (dtype, _) in MODES.items()
     for regime in regimes_of("patch_embed", dtype)
 ]
+REGIMES = served("patch_embed", REGIMES, of_regime)
 
 
 @pytest.mark.parametrize("cell", REGIMES, ids=op_cases.name)
 def test_every_regime(cell):
-    with judged_in(cell["mode"]) as (dtype, precision):
-        sizes = {"batch": 2, "tokens": 197, "width": 192, "patch": 16}
-        call = op_cases.regime_call("patch_embed", cell["regime"], dtype, **sizes)
-        judged(call, "contiguous", "nchw", precision)
+    judged(cell["mode"], cell["grad"], of_regime(cell))

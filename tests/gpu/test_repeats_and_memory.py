@@ -5,15 +5,16 @@ from random import Random
 
 import pytest
 import torch
-from gpu_calls import NATIVE, OPS, SIZES, call_of, run, same
+from gpu_calls import EVERY_OP, NATIVE, OPS, SIZES, call_of, run, same
 
 from fastvit import ops, use_backend
 
+of_the_allocator = pytest.mark.needs(runtime=True)
 RUNS = 100
 STEPS, WARMUP = 1000, 100
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY_OP)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_a_hundred_runs_give_the_same_bits(op, full, gpu):
     call = call_of(op, full=full, batch=16)
@@ -32,6 +33,7 @@ def requested(function):
 
 
 # Dropped: the compiled halves, which hand tokens from one product to the next.
+@of_the_allocator
 @pytest.mark.parametrize("op", [op for op in OPS if op not in NATIVE])
 def test_inference_allocates_its_output_alone(op, gpu):
     call = call_of(op)
@@ -41,6 +43,7 @@ def test_inference_allocates_its_output_alone(op, gpu):
     assert peak == out.nbytes
 
 
+@of_the_allocator
 def test_training_attention_keeps_output_and_log_sum_exp_and_allocates_one_gradient(gpu):
     call = call_of("attention")
     run("attention", call)
@@ -54,6 +57,7 @@ def test_training_attention_keeps_output_and_log_sum_exp_and_allocates_one_gradi
     assert peak == gradient.nbytes == qkv.nbytes
 
 
+@of_the_allocator
 def test_memory_stays_flat_over_random_shapes(gpu):
     random = Random(0)
     qkv = torch.randn(32, 577, 3 * 4 * 64, device=gpu, dtype=torch.bfloat16)

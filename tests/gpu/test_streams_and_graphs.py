@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from gpu_calls import OPS, call_of, flipped, given_tensors, run, same
+from gpu_calls import DELAY, EVERY_OP, call_of, flipped, given_tensors, run, same
 from op_cases import converted
 
-# Clock cycles, about 0.1 s: what does not wait is finished long before.
-DELAY = 200_000_000
+pytestmark = pytest.mark.needs(runtime=True)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY_OP)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_waits_for_a_delayed_producer_on_its_stream(op, full, gpu):
     call = call_of(op, full=full)
@@ -26,7 +25,7 @@ def test_waits_for_a_delayed_producer_on_its_stream(op, full, gpu):
     same(found, expected)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", EVERY_OP)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_captured_graph_replays_with_new_inputs(op, full, dtype, gpu):
@@ -49,10 +48,9 @@ def test_a_captured_graph_replays_with_new_inputs(op, full, dtype, gpu):
         same(found, run(op, call))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.needs(gpus=2)
+@pytest.mark.parametrize("op", EVERY_OP)
 def test_runs_on_the_gpu_of_its_tensors(op, gpu):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU: the device guard was not tested")
     call = call_of(op, full=True)
     expected = run(op, call)
     found = run(op, converted(call, lambda tensor: tensor.to("cuda:1")))

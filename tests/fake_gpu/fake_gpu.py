@@ -1,0 +1,345 @@
+"""What stands in the place of a GPU, so that all that runs before its first kernel can be tried without one.
+
+torch says that there is an H100, and what is to be on it lies on the CPU. Launches are planned for sm_90,
+checked, and noted in the file that FAKE_GPU_LAUNCHES names; the numbers are the reference's. Models and
+benchmarks are small, and nothing is compiled. FAKE_GPU_PLANT="attention_bwd=die" (or "hang", "wrong",
+"lost") plants a fault in a launcher: the process ends, waits for ever, gives other numbers, or has every
+later call of CUDA fail, as after an illegal address.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+NAME = "NVIDIA H100 80GB FAKE"
+PLANTED = dict(part.split("=") for part in os.environ.get("FAKE_GPU_PLANT", "").split(",") if part)
+PATIENCE = float(os.environ.get("FAKE_GPU_PATIENCE", "60"))  # seconds that a benchmark waits for a call
+MEMORY = 80e9
+_lost = []
+
+
+# What is to be changed of a module, by its name, as soon as it has been imported.
+CHANGED = {
+    "torch": "cuda",
+    "timm.models": "small_models",
+    "fastvit.extension": "library",
+    "fastvit.triton_backend": "triton_backend",
+    "fastvit.native_backend": "native_backend",
+    "fastvit.backends": "native_calls",
+    "fastvit_kernels.launch": "launches",
+    "fastvit_kernels.attention": "attention",
+    "fastvit_kernels.patch_embed": "patch_embed",
+    "fastvit_benchmarks.bench_ops": "small_cases",
+    "fastvit_benchmarks.attempts": "impatient",
+    "fastvit_benchmarks.harness": "few_rounds",
+    "fastvit_benchmarks.roofline": "small_limits",
+}
+
+
+class Finder(MetaPathFinder):
+    """Finds these modules as the others are found, and hands each to this module's function for it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in CHANGED:
+            return None
+        spec = None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+                break
+        if spec is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            globals()[CHANGED.pop(name)](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def install():
+    """From here on, for whatever is imported next."""
+    if not isinstance(sys.meta_path[0], Finder):
+        sys.meta_path.insert(0, Finder())
+
+
+def synchronize(device=None):
+    if _lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def planted(launcher, results):
+    """The results, with what is planted in the launcher."""
+    match PLANTED.get(launcher):
+        case "die":
+            os._exit(139)
+        case "hang":
+            time.sleep(1e6)
+        case "lost":
+            _lost.append(launcher)
+            synchronize()
+        case "wrong":
+            results[0].mul_(1.5)
+    return results
+
+
+class Event:
+    def __init__(self, **_):
+        self.at = 0.0
+
+    def record(self, stream=None):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        synchronize()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def cuda(torch):
+    """torch with a GPU whose memory is the host's."""
+    from torch.overrides import TorchFunctionMode
+
+    facts = SimpleNamespace(name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=int(MEMORY))
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": NAME,
+        "get_device_capability": (9, 0),
+        "get_device_properties": facts,
+        "mem_get_info": (int(MEMORY), int(MEMORY)),
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "reset_peak_memory_stats": None,
+        "empty_cache": None,
+        "manual_seed_all": None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.synchronize, torch.cuda.Event = synchronize, Event
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.version.cuda = "13.0"
+
+    def on_host(value):
+        if isinstance(value, torch.device) and value.type == "cuda":
+            return torch.device("cpu")
+        return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+    class OnHost(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.device:  # a device is what it says; what is put there is not
+                return function(*args, **kwargs or {})
+            return function(*map(on_host, args), **{k: on_host(v) for k, v in (kwargs or {}).items()})
+
+    OnHost().__enter__()
+
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    torch.Generator = Generator
+    torch.compile = lambda model=None, **_: model if model is not None else torch.compile
+
+
+def small_models(models):
+    """timm's, of one block and few patches, unless the caller says how large."""
+    create = models.create_model
+
+    def create_model(name, *args, **options):
+        side = 28 if "patch14" in name else 32
+        small = {} if "img_size" in options else {"img_size": side}
+        model = create(name, *args, **{"depth": 1} | small | options)
+        if small:
+            model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, side, side))
+        return model
+
+    models.create_model = create_model
+
+
+def small_cases(bench_ops):
+    cases = bench_ops.cases
+
+    def of_few(*args):
+        return [(dataclasses.replace(case, batch=min(2, case.batch)), given) for case, given in cases(*args)]
+
+    bench_ops.cases = of_few
+
+
+def few_rounds(harness):
+    measure = harness.measure
+
+    def measure_little(providers, **how):
+        return measure(providers, **how | {"rounds": 2, "warmup": 1, "min_seconds": 0.0})
+
+    harness._FLUSH_BYTES, harness.measure = 1024, measure_little
+
+
+def impatient(attempts):
+    attempts.SECONDS = attempts.COMPILING = PATIENCE
+
+
+def small_limits(roofline):
+    roofline.COPIED["cuda"], roofline.PRODUCT["cuda"] = 1 << 20, (64, 64, 64)
+
+
+def library(extension):
+    """The CUDA library, as if it were built; what it would compute is the reference's."""
+    why = extension.why_no_ops
+    extension.why_no_ops = lambda device: None if device == "cuda" else why(device)
+    facts = {"version": "0", "compiler": "none", "cxx_standard": 201703, "torch": "0", "cuda": "1"}
+    extension.build_info = lambda: extension.BuildInfo(**facts, cuda_archs=("90a",), cutlass="4.2.0")
+
+
+def triton_backend(backend):
+    backend._machine = lambda tensor: None
+
+
+def native_backend(backend):
+    can_run = backend.can_run
+    backend.can_run = lambda op, device, *args, **how: (
+        None if device == "cuda" else can_run(op, device, *args, **how)
+    )
+
+
+def native_calls(backends):
+    resolve = backends.resolve
+
+    def resolved(op, *args, **how):
+        name = resolve(op, *args, **how)
+        return "reference" if name == "cuda" else name
+
+    backends.resolve = resolved
+
+
+def launches(launch):
+    """Checked, and noted by their kernels' names."""
+
+    def note(self):
+        launch.check_grid(self.grid)
+        if (file := os.environ.get("FAKE_GPU_LAUNCHES")) and 0 not in self.grid:
+            with open(file, "a") as lines:
+                lines.write(f"{self.kernel.__name__}\n")
+
+    launch.Launch.__call__ = note
+    launch.arch_of = lambda device: "sm_90"
+
+
+def unwatched(launcher):
+    """The launcher, whose tensors no test finds unwritten: no kernel writes what lies between two."""
+    import torch
+
+    plain = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    new_empty = torch.Tensor.new_empty
+
+    def launched(*args, **how):
+        with mock.patch.multiple(torch, **plain), mock.patch.object(torch.Tensor, "new_empty", new_empty):
+            return launcher(*args, **how)
+
+    return launched
+
+
+NORMS = ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
+
+
+def attention(kernels):
+    """The launchers, whose results are then the reference's."""
+    import torch
+
+    from fastvit.reference import attention as reference
+
+    forward, backward = map(unwatched, (kernels.attention_fwd, kernels.attention_bwd))
+
+    def attention_fwd(q, k, v, *, with_lse=False, **options):
+        out, lse = forward(q, k, v, with_lse=with_lse, **options)
+        known = _of_torch(options)
+        with torch.no_grad():
+            out.copy_(reference(q, k, v, **known))
+            if with_lse:
+                lse.copy_(_logits(q, k, v, known).logsumexp(-1))
+        return planted("attention_fwd", (out, lse))
+
+    def attention_bwd(grad_out, q, k, v, out, lse, *, norm_grads=False, **options):
+        dqkv, *of_norms = backward(grad_out, q, k, v, out, lse, norm_grads=norm_grads, **options)
+        known = _of_torch(options)
+        leaves = {name: known[name] for name in NORMS if norm_grads and known.get(name) is not None}
+        leaves = {name: t.detach().requires_grad_() for name, t in {"q": q, "k": k, "v": v, **leaves}.items()}
+        found = _gradients(lambda: reference(**known | leaves), list(leaves.values()), grad_out)
+        found = dict(zip(leaves, found, strict=True))
+        dqkv.copy_(torch.stack([found[name] for name in "qkv"], 2))
+        if norm_grads:
+            of_norms = [found[name].float() if name in found else None for name in NORMS]
+        return planted("attention_bwd", (dqkv, *of_norms))
+
+    kernels.attention_fwd, kernels.attention_bwd = attention_fwd, attention_bwd
+
+
+def _gradients(forward, leaves, grad):
+    """In a thread of its own: in this one the dispatcher may be below autograd."""
+    import torch
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: torch.autograd.grad(forward(), leaves, grad)).result()
+
+
+def _of_torch(options):
+    return {name: value for name, value in options.items() if name != "precision"}
+
+
+def _logits(q, k, v, options):
+    import torch
+
+    sys.path.append(str(Path(__file__).parent.parent))
+    import kernel_checks
+
+    qkv = torch.stack([q, k, v], 2).flatten(2)
+    defaults = {"rope_layout": "half", "num_prefix_tokens": 0}
+    return kernel_checks._logits(defaults | options | {"qkv": qkv, "num_heads": q.shape[2]})[2]
+
+
+def patch_embed(kernels):
+    import torch
+
+    from fastvit.reference import patch_embed as reference
+
+    forward, backward = map(unwatched, (kernels.patch_embed_fwd, kernels.patch_embed_bwd))
+
+    def patch_embed_fwd(images, weight, bias=None, pos_embed=None, prefix=None, **options):
+        out = forward(images, weight, bias, pos_embed, prefix, **options)
+        colours = {name: options.get(name) for name in ("mean", "std")}
+        with torch.no_grad():
+            out.copy_(reference(images, weight, bias, pos_embed, prefix, **colours))
+        return planted("patch_embed_fwd", (out,))[0]
+
+    def patch_embed_bwd(grad_out, images, weight, *, num_prefix, pos_embed_rows, needs, **options):
+        sizes = {"num_prefix": num_prefix, "pos_embed_rows": pos_embed_rows, "needs": needs}
+        results = backward(grad_out, images, weight, **sizes, **options)
+        colours = {name: options.get(name) for name in ("mean", "std")}
+        width, patches = weight.shape[0], grad_out.shape[1] - num_prefix
+        zeros = weight.new_zeros
+        given = [images, weight, zeros(width) if needs[2] else None]
+        given += [zeros(1, pos_embed_rows, width) if pos_embed_rows else None]
+        given += [zeros(1, num_prefix, width) if num_prefix else None]
+        assert pos_embed_rows in (0, patches, patches + num_prefix)
+        leaves = [
+            t if t is None or not n else t.detach().requires_grad_()
+            for t, n in zip(given, needs, strict=True)
+        ]
+        wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+        found = iter(_gradients(lambda: reference(*leaves, **colours), wanted, grad_out))
+        for result, needed in zip(results, needs, strict=True):
+            if needed:
+                result.copy_(next(found))
+        return planted("patch_embed_bwd", tuple(results))
+
+    kernels.patch_embed_fwd, kernels.patch_embed_bwd = patch_embed_fwd, patch_embed_bwd
