@@ -7,6 +7,7 @@ comes back. Either costs what was under way: the process ends, and the next one 
 import faulthandler
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,10 +56,13 @@ class Attempts:
         self._note(begun=name)
         self._seconds = seconds
         self.alive()
+        # Whoever ends a process that is well, at its time limit say, ends it as Ctrl-C does: it did not die.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         finally:
             self._check(name)
+            signal.signal(signal.SIGTERM, before)
             self._seconds = None
             faulthandler.cancel_dump_traceback_later()
             self._note(ended=name)

@@ -1,8 +1,10 @@
 """`fastvit bench model` and `compare`: whole models at inference, the providers interleaved."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -11,14 +13,14 @@ from torch import Tensor, nn
 
 from fastvit.contract import gemm_libraries, judge
 from fastvit.fake_run import count_flops
-from fastvit.verdicts import Check
 from fastvit.verification import randomize
 
 from . import roofline
-from .harness import Row, Stopped, Timing, machine, measure, ratios, rotating
-from .model_peers import Call, Peer
+from .bench import Bench, at_its_best, peak_mb
+from .harness import Call, Row, Timing, machine, measure, rotating
+from .model_peers import Peer
 from .model_screen import Shown, progress
-from .op_bench import at_its_best, in_words, peak_mb
+from .outputs import Outputs
 
 INPUT_SETS = 3
 # Seconds after which an engine's threads, that spin for more work, sleep and disturb no other.
@@ -45,88 +47,111 @@ class Subject:
     def model(self) -> nn.Module:
         return randomize(timm.create_model(self.name)).to(self.device, self.torch_dtype)
 
-    def images(self, model: nn.Module, sets: int) -> list[Tensor]:
+    def images(self, sets: int) -> list[Tensor]:
         """Several sets of [B, C, H, W], the same each time."""
-        size = timm.data.resolve_model_data_config(model)["input_size"]
         generator = torch.Generator().manual_seed(0)
-        made = [torch.randn(self.batch_size, *size, generator=generator) for _ in range(sets)]
+        made = [torch.randn(self.batch_size, *image_of(self.name), generator=generator) for _ in range(sets)]
         return [images.to(self.device, self.torch_dtype) for images in made]
 
+    def call(self, direction: str) -> tuple:
+        """As its rows have it."""
+        return self.name, direction, self.dtype, image_of(self.name), self.batch_size
 
-@dataclass
-class Prepared:
-    """Peers that are ready to be timed, what was judged of each, and why others cannot run."""
 
-    calls: dict[str, Call] = field(default_factory=dict)
-    verdicts: dict[str, Check] = field(default_factory=dict)
-    peaks: dict[str, float | None] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
+@cache
+def image_of(name: str) -> tuple[int, ...]:
+    """Channels, height and width of a model's images."""
+    with torch.device("meta"):
+        return tuple(timm.data.resolve_model_data_config(timm.create_model(name))["input_size"])
+
+
+class SubjectBench(Bench):
+    """A subject's providers, shown as a table for each direction when all is known."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        what: str,
+        directions: Sequence[str],
+        rounds: int,
+        console: Console,
+        kept: Outputs,
+    ) -> None:
+        super().__init__(f"{subject.title}: {what}", directions, subject.device, kept)
+        self.subject, self.rounds, self.console, self.here = subject, rounds, console, machine()
+        self.work: float | None = None  # FLOPs of one forward pass
+
+    def run_and_show(self, offered: Iterable[str], left_out: dict[str, str]) -> None:
+        """Run those that the rows so far lack."""
+        calls = [self.subject.call(direction) for direction in self.directions]
+        names = self.outputs.lacking(calls, offered)
+        if not names:
+            return
+        torch.compiler.reset()  # or the compiler takes this batch beside the last one for a dynamic one
+        try:
+            with at_its_best(), roofline.products_in(self.subject.dtype):
+                self.run(names)
+        finally:
+            for direction in self.directions:
+                rows = [row for row in self.rows if row.direction == direction]
+                title = f"{self.title}, {direction}" if len(self.directions) > 1 else self.title
+                if rows:
+                    self.console.print(Shown(title, rows, self.speeds[direction], left_out))
+
+    def measure(self, direction: str, calls: dict[str, Call], **how: Any) -> dict[str, Timing]:
+        how |= {"settle": SETTLE[self.device.type], "device": self.device, "warmup": 2, "rounds": self.rounds}
+        with progress(f"timing {direction}", self.rounds + 2, self.console) as tick:
+
+            def on_round() -> None:
+                tick()
+                self.outputs.attempts.alive()
+
+            return measure(calls, on_round=on_round, **how)
+
+    def row(self, timing: Timing | None, **facts: Any) -> Row:
+        facts["peak_tflops"] = roofline.peak_tflops(self.device, self.subject.dtype)
+        named = zip(("op", "direction", "dtype", "shape", "batch"), self.subject.call(""), strict=True)
+        return Row.of(timing, self.here, **dict(named) | facts)
+
+
+class ModelBench(SubjectBench):
+    """Its peers at inference."""
+
+    def __init__(
+        self, subject: Subject, peers: Iterable[Peer], rounds: int, console: Console, kept: Outputs
+    ) -> None:
+        super().__init__(subject, "inference", ("fwd",), rounds, console, kept)
+        self.peers = {peer.name: peer for peer in peers}
+
+    def begin(self) -> None:
+        self.model = self.subject.model().eval()
+        self.batches = self.subject.images(INPUT_SETS)
+        self.yardsticks = _yardsticks(self.model, self.batches[0])
+        self.work = flops(self.model, self.batches[0])
+
+    def prepare(self, name: str) -> dict[str, Call]:
+        """Compile or convert what the peer needs, and judge what it gives."""
+        x = self.batches[0]
+        with progress("preparing", 1, self.console) as step:
+            step(name)
+            call = self.peers[name].prepare(self.model, x)
+            self.checks[name] = [judge("output", call(x), *self.yardsticks, kind="model")]
+            self.peaks[name] = peak_mb(lambda: call(x), self.device)
+        return {"fwd": rotating(call, self.batches)}
+
+    def row(self, timing: Timing | None, **facts: Any) -> Row:
+        found = self.checks.get(facts["provider"], [])
+        ratio = found[0].e_rms / found[0].b_rms if found and found[0].b_rms else None
+        return super().row(timing, flops=self.work, error_ratio=ratio, **facts)
 
 
 @torch.no_grad()
-def run(
-    subject: Subject,
-    peers: tuple[Peer, ...],
-    rounds: int,
-    console: Console,
-    keep: Callable[[Shown], None],
-) -> None:
-    """Judge the peers, time those that are right, hand over what came of it: at Ctrl-C, of whole rounds."""
-    torch.compiler.reset()  # or the compiler takes this batch beside the last one for a dynamic one
-    with at_its_best(), roofline.products_in(subject.dtype):
-        model = subject.model().eval()
-        batches = subject.images(model, INPUT_SETS)
-        ready = prepare(subject, model, batches[0], peers, console)
-        work = flops(model, batches[0])
-        how = {"rounds": rounds, "warmup": 2, "settle": SETTLE[subject.device.type], "device": subject.device}
-        calls = {name: rotating(call, batches) for name, call in ready.calls.items()}
-        try:
-            with progress("timing", rounds + 2, console) as tick:
-                timings = measure(calls, on_round=tick, **how) if calls else {}
-        except Stopped as stop:
-            keep(shown(subject, ready, stop.timings, batches[0], work))
-            raise
-        keep(shown(subject, ready, timings, batches[0], work))
-
-
-def prepare(
-    subject: Subject, model: nn.Module, x: Tensor, peers: tuple[Peer, ...], console: Console
-) -> Prepared:
-    """Compile or convert what each peer needs, and judge what it gives."""
-    ready, yardsticks = Prepared(), _yardsticks(model, x)
-    with progress("preparing", len(peers), console) as step:
-        for peer in peers:
-            step(peer.name)
-            if reason := peer.missing(subject.device, subject.torch_dtype):
-                ready.absent[peer.name] = reason
-                continue
-            try:
-                call = peer.prepare(model, x)
-                verdict = judge("output", call(x), *yardsticks, kind="model")
-                ready.peaks[peer.name] = peak_mb(lambda call=call: call(x), subject.device)
-            except Exception as error:  # each library raises its own for what it cannot run
-                ready.absent[peer.name] = in_words(error)
-                continue
-            ready.verdicts[peer.name] = verdict
-            if verdict.ok:
-                ready.calls[peer.name] = call
-    return ready
-
-
-def shown(subject: Subject, ready: Prepared, timings: dict[str, Timing], x: Tensor, work: float) -> Shown:
-    """Rows of all that were judged, with times where there are any."""
-    facts = {"op": subject.name, "dtype": subject.dtype, "batch": subject.batch_size, "shape": x.shape[1:]}
-    facts |= {"flops": work, "peak_tflops": roofline.peak_tflops(subject.device, subject.dtype)}
-    made, here = Shown(f"{subject.title}: inference", absent=ready.absent), machine()
-    for name, verdict in ready.verdicts.items():
-        ratio = verdict.e_rms / verdict.b_rms if verdict.b_rms else None
-        own = {"provider": name, "ok": verdict.ok, "peak_mb": ready.peaks[name], "error_ratio": ratio}
-        made.rows.append(Row.of(timings.get(name), here, **facts | own))
-        if not verdict.ok:
-            made.wrong[name] = str(verdict)
-    if timings:
-        made.speeds = ratios(timings, next(iter(timings)))
-    return made
+def run(subject: Subject, peers: Sequence[Peer], rounds: int, console: Console, kept: Outputs) -> None:
+    """Judge the peers, time those that are right, and keep what came of it: at Ctrl-C, of whole rounds."""
+    missing = {peer.name: peer.missing(subject.device, subject.torch_dtype) for peer in peers}
+    offered = [name for name, reason in missing.items() if reason is None]
+    left_out = {name: reason for name, reason in missing.items() if reason is not None}
+    ModelBench(subject, peers, rounds, console, kept).run_and_show(offered, left_out)
 
 
 def _yardsticks(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:

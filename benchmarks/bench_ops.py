@@ -9,6 +9,7 @@ from fastvit.backends import TABLE
 from .op_bench import Case
 from .op_screen import Providers
 from .roofline import DTYPES
+from .rows import check_providers
 
 OPS = tuple(TABLE)
 
@@ -39,6 +40,29 @@ def cases(
         raise ValueError(
             f"no case's title has all of the words {words!r}; a title is like {_some_title(device)!r}"
         )
+    return found
+
+
+def by(
+    names: list[str], cases: list[tuple[Case, Providers]], device: torch.device
+) -> list[tuple[Case, Providers]]:
+    """The cases with these providers alone, without those that have none of them; no name stands for all.
+
+    Raises:
+        ValueError: for a name that none of the cases knows, or if no case is left.
+    """
+    if not names:
+        return cases
+    given = [(case, *providers(case, device)) for case, providers in cases]
+    check_providers(names, dict.fromkeys(name for _, offered, left in given for name in (*offered, *left)))
+    found = []
+    for case, offered, left in given:
+        own = tuple({name: one[name] for name in one if name in names} for one in (offered, left))
+        if own[0]:
+            found.append((case, lambda case, device, own=own: own))
+    if not found:
+        why = next(reason for _, _, left in given for name, reason in left.items() if name in names)
+        raise ValueError(f"no case has {', '.join(names)} here: {why}")
     return found
 
 

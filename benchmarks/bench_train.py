@@ -1,12 +1,13 @@
 """`fastvit bench train`: a model's forward, backward and whole step with AdamW, the providers interleaved.
 
-A provider whose gradients miss the parity contract is shown as wrong, without a time. Memory is the most
-that a GPU held for the gradients; on a CPU, what the forward pass keeps.
+A provider is judged by its gradients. Memory is the most that a GPU held for them; on a CPU, what the forward
+pass keeps. One graph is alive at a time, so that a batch fits that fits by itself.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,15 +18,16 @@ import fastvit
 from fastvit.contract import gemm_libraries, judge
 from fastvit.verdicts import Check
 
-from . import roofline
-from .bench_model import SETTLE, Subject, flops
-from .harness import Row, Stopped, Timing, machine, measure, ratios
-from .model_screen import Shown, progress
-from .op_bench import at_its_best, in_words, peak_mb
+from .bench import peak_mb
+from .bench_model import Subject, SubjectBench, flops
+from .harness import Call, Row, Timing
+from .model_screen import progress
+from .outputs import Outputs
 
 DIRECTIONS = ("fwd", "bwd", "step")
 # Products: forward once, and for the gradients of inputs and of weights once each.
 PRODUCTS = {"fwd": 1, "bwd": 2, "step": 3}
+SLICE = 16  # images whose graph in float64 is held at a time
 Gradients = dict[str, Tensor]
 
 
@@ -37,30 +39,46 @@ class Trained:
     model: nn.Module
 
     def loss(self, x: Tensor) -> Tensor:
-        return self.call(x).float().square().mean()
+        out = self.call(x)
+        return out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
 
     def gradients(self, x: Tensor) -> Gradients:
         """Of every parameter, by name."""
         found = torch.autograd.grad(self.loss(x), list(self.model.parameters()))
         return dict(zip((name for name, _ in self.model.named_parameters()), found, strict=True))
 
-    def calls(self, x: Tensor) -> dict[str, Callable[[], object]]:
+    def calls(self, x: Tensor) -> dict[str, Call]:
         """What is timed, by direction."""
-        parameters, loss = list(self.model.parameters()), self.loss(x)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
         def step() -> None:
             optimizer.zero_grad()
             self.loss(x).backward()
             optimizer.step()
 
-        backward = lambda: torch.autograd.grad(loss, parameters, retain_graph=True)  # noqa: E731
-        return {"fwd": lambda: self.loss(x), "bwd": backward, "step": step}
+        return {"fwd": lambda: self.loss(x), "bwd": Backward(self, x), "step": step}
 
 
-def providers(model: nn.Module, max_autotune: bool) -> dict[str, Trained]:
-    """timm's own, compiled, and accelerated with `auto`'s backends, each with weights of its own."""
-    given: dict[str, Callable[[nn.Module], Callable]] = {
+class Backward:
+    """The backward pass alone, once after each `before`, which builds its graph."""
+
+    def __init__(self, trained: Trained, x: Tensor) -> None:
+        self.trained, self.x, self.loss = trained, x, None
+
+    def before(self) -> None:
+        self.loss = self.trained.loss(self.x)
+
+    def __call__(self) -> None:
+        loss, self.loss = self.loss, None
+        torch.autograd.grad(loss, list(self.trained.model.parameters()))
+
+
+Maker = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def providers(max_autotune: bool) -> dict[str, Maker]:
+    """timm's own, compiled, and accelerated with `auto`'s backends: of a model that they may change."""
+    given: dict[str, Maker] = {
         "timm eager": lambda own: own,
         "timm compiled": lambda own: torch.compile(own, dynamic=False),
         "fastvit": fastvit.accelerate,
@@ -69,8 +87,22 @@ def providers(model: nn.Module, max_autotune: bool) -> dict[str, Trained]:
     if max_autotune:
         tuned = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
         given["timm compiled, max-autotune"] = lambda own: torch.compile(own, **tuned)
-    copies = {name: copy.deepcopy(model) for name in given}
-    return {name: Trained(make(copies[name]), copies[name]) for name, make in given.items()}
+    return given
+
+
+def exact(model: nn.Module, x: Tensor) -> Gradients:
+    """In float64, which no GPU has the memory for at once.
+
+    The loss is a mean over images, so its gradients are the slices' in proportion to their images; batch
+    norms' are not.
+    """
+    wide = copy.deepcopy(model).double()
+    whole = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in wide.modules())
+    found = {name: torch.zeros_like(parameter) for name, parameter in wide.named_parameters()}
+    for part in x.split(len(x) if whole else SLICE):
+        for name, gradient in Trained(wide, wide).gradients(part.double()).items():
+            found[name].add_(gradient, alpha=len(part) / len(x))
+    return found
 
 
 def checks(found: Gradients, truth: Gradients, torchs: list[Gradients]) -> list[Check]:
@@ -90,7 +122,7 @@ def saved_mb(trained: Trained, x: Tensor) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph keeps would keep the graph
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = trained.loss(x)
@@ -98,65 +130,45 @@ def saved_mb(trained: Trained, x: Tensor) -> float:
     return sum(kept.values()) / 1e6
 
 
-def run(
-    subject: Subject, max_autotune: bool, rounds: int, console: Console, keep: Callable[[Shown], None]
-) -> None:
-    """Judge the providers' gradients, time the right ones, and hand over each direction as it comes."""
-    torch.compiler.reset()
-    with at_its_best(), roofline.products_in(subject.dtype):
-        model = subject.model().train()
-        (x,) = subject.images(model, 1)
-        given, absent = providers(model, max_autotune), {}
-        judged = _judge(subject, model, given, x, absent, console)
-        right = {name: given[name] for name, found in judged.items() if all(check.ok for check in found)}
-        memory = {name: _memory(given[name], x) for name in judged}
-        work, calls = flops(model, x), {name: trained.calls(x) for name, trained in right.items()}
-        facts = {"op": subject.name, "dtype": subject.dtype, "batch": subject.batch_size}
-        facts |= {"shape": x.shape[1:], "peak_tflops": roofline.peak_tflops(subject.device, subject.dtype)}
-        wrong = {n: next(str(c) for c in found if not c.ok) for n, found in judged.items() if n not in right}
+class TrainBench(SubjectBench):
+    """Providers of a subject's training, each on weights of its own."""
 
-        def hand_over(direction: str, timings: dict[str, Timing]) -> None:
-            made = Shown(f"{subject.title}: training, {direction}", wrong=wrong, absent=absent)
-            for name in judged:
-                own = {"provider": name, "ok": name in right, "peak_mb": memory[name], "direction": direction}
-                own |= {"flops": PRODUCTS[direction] * work}
-                made.rows.append(Row.of(timings.get(name), machine(), **facts | own))
-            made.speeds = ratios(timings, next(iter(timings))) if timings else {}
-            keep(made)
+    def __init__(
+        self, subject: Subject, makers: dict[str, Maker], rounds: int, console: Console, kept: Outputs
+    ) -> None:
+        super().__init__(subject, "training", DIRECTIONS, rounds, console, kept)
+        self.makers = makers
 
-        for direction in DIRECTIONS:
-            own = {name: by_direction[direction] for name, by_direction in calls.items()}
-            try:
-                with progress(f"timing {direction}", rounds + 2, console) as tick:
-                    how = {"warmup": 2, "device": subject.device, "settle": SETTLE[subject.device.type]}
-                    hand_over(direction, measure(own, rounds=rounds, on_round=tick, **how) if own else {})
-            except Stopped as stop:
-                hand_over(direction, stop.timings)
-                raise
+    def begin(self) -> None:
+        self.model = self.subject.model().train()
+        (self.x,) = self.subject.images(1)
+        self.work, self.truth = flops(self.model, self.x), exact(self.model, self.x)
+        self.torchs = []
+        for _, context in gemm_libraries(self.device):
+            with context():
+                self.torchs.append(Trained(self.model, self.model).gradients(self.x))
 
-
-def _judge(
-    subject: Subject,
-    model: nn.Module,
-    given: dict[str, Trained],
-    x: Tensor,
-    absent: dict[str, str],
-    console: Console,
-) -> dict[str, list[Check]]:
-    """Each provider's checks; those that cannot run are told of in ``absent``."""
-    truth = Trained(wide := copy.deepcopy(model).double(), wide).gradients(x.double())
-    torchs, judged = [], {}
-    for _, context in gemm_libraries(subject.device):
-        with context():
-            torchs.append(given["timm eager"].gradients(x))
-    with progress("preparing", len(given), console) as step:
-        for name, trained in given.items():
+    def prepare(self, name: str) -> dict[str, Call]:
+        own = copy.deepcopy(self.model)
+        with progress("preparing", 1, self.console) as step:
             step(name)
-            try:
-                judged[name] = checks(trained.gradients(x), truth, torchs)
-            except Exception as error:  # a compiler raises its own for what it cannot do
-                absent[name] = in_words(error)
-    return judged
+            trained = Trained(self.makers[name](own), own)
+            self.checks[name] = checks(trained.gradients(self.x), self.truth, self.torchs)
+            self.peaks[name] = _memory(trained, self.x)
+        return trained.calls(self.x)
+
+    def measure(self, direction: str, calls: dict[str, Call], **how: Any) -> dict[str, Timing]:
+        if direction == "bwd":
+            how["before"] = {name: call.before for name, call in calls.items()}
+        return super().measure(direction, calls, **how)
+
+    def row(self, timing: Timing | None, **facts: Any) -> Row:
+        return super().row(timing, flops=self.work and PRODUCTS[facts["direction"]] * self.work, **facts)
+
+
+def run(subject: Subject, makers: dict[str, Maker], rounds: int, console: Console, kept: Outputs) -> None:
+    """Judge the providers' gradients, time the right ones, and keep what came of it."""
+    TrainBench(subject, makers, rounds, console, kept).run_and_show(makers, {})
 
 
 def _memory(trained: Trained, x: Tensor) -> float:

@@ -1,7 +1,6 @@
 """What `fastvit bench` does behind its command line."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.markup import escape
 from . import bench_ops, op_screen, roofline
 from .harness import machine
 from .outputs import Outputs
+from .rows import check_providers
 
 
 def share(text: str | None) -> float | None:
@@ -29,7 +29,7 @@ def share(text: str | None) -> float | None:
     return number / 100
 
 
-def outputs(baseline: Path | None, fail_if_slower: str | None, **files: Path | None) -> Outputs:
+def outputs(baseline: Path | None, fail_if_slower: str | None, resume: bool, **files: Path | None) -> Outputs:
     """The files of a command.
 
     Raises:
@@ -37,7 +37,7 @@ def outputs(baseline: Path | None, fail_if_slower: str | None, **files: Path | N
     """
     if fail_if_slower is not None and baseline is None:
         raise ValueError("--fail-if-slower needs --baseline FILE: the rows of an earlier run, kept by --json")
-    return Outputs(baseline=baseline, slower=share(fail_if_slower), **files)
+    return Outputs(baseline=baseline, slower=share(fail_if_slower), resume=resume, **files)
 
 
 def bench_ops_command(
@@ -49,9 +49,10 @@ def bench_ops_command(
     quick: bool,
     rounds: int,
     kept: Outputs,
+    only: list[str],
 ) -> int:
-    """Ops; returns the exit status."""
-    cases = bench_ops.cases(ops, device, dtypes, words, quick)
+    """Ops, by these providers alone if any are named; returns the exit status."""
+    cases = bench_ops.by(only, bench_ops.cases(ops, device, dtypes, words, quick), device)
     return op_screen.run(cases, device, console, kept, rounds=rounds)
 
 
@@ -64,11 +65,16 @@ def bench_models_command(
     rounds: int,
     kept: Outputs,
     *,
+    only: list[str],
     training: bool = False,
     engines: bool = False,
     max_autotune: bool = False,
 ) -> int:
-    """Whole models of timm at inference or training; returns the exit status."""
+    """Whole models of timm at inference or training, by these providers alone if any are named.
+
+    Returns:
+        The exit status.
+    """
     import timm
 
     from . import bench_model, bench_train, model_peers
@@ -79,10 +85,11 @@ def bench_models_command(
         raise ValueError(f"unknown dtype {unknown[0]!r}; the dtypes are {', '.join(roofline.DTYPES)}")
     peers = (*model_peers.TORCH, *([model_peers.MAX_AUTOTUNE] if max_autotune else []), *model_peers.OURS)
     peers += model_peers.ENGINES if engines else ()
-
-    def keep(shown: Any) -> None:
-        kept.keep(shown.rows)
-        console.print(shown)
+    makers = bench_train.providers(max_autotune)
+    check_providers(only, makers if training else [peer.name for peer in peers])
+    if only:
+        makers = {name: maker for name, maker in makers.items() if name in only}
+        peers = tuple(peer for peer in peers if peer.name in only)
 
     here = machine()
     console.print(f"{escape(here.name)}, torch {here.torch}, Triton {here.triton}")
@@ -95,9 +102,9 @@ def bench_models_command(
                 for batch_size in batch_sizes:
                     subject = bench_model.Subject(name, batch_size, dtype, device)
                     if training:
-                        bench_train.run(subject, max_autotune, rounds, console, keep)
+                        bench_train.run(subject, makers, rounds, console, kept)
                     else:
-                        bench_model.run(subject, peers, rounds, console, keep)
+                        bench_model.run(subject, peers, rounds, console, kept)
     except KeyboardInterrupt:
         return kept.finish(console, stopped=True)
     return kept.finish(console)

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -36,6 +36,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     on_round: Call | None = None,
     settle: float = 0.0,
+    before: Mapping[str, Call] | None = None,
 ) -> dict[str, Timing]:
     """Time the providers in interleaved rounds: A B C, A B C, ...
 
@@ -49,6 +50,7 @@ def measure(
         clock: seconds; a test gives its own.
         on_round: called after each round, warm-up included (a progress bar's tick).
         settle: seconds of rest before each sample, in which the last provider's own threads stop spinning.
+        before: by provider what each of its samples needs, untimed.
 
     Raises:
         Stopped: at Ctrl-C, if a round was over.
@@ -65,6 +67,8 @@ def measure(
             if index >= rounds and spent >= 1e3 * min_seconds:
                 break
             for name, call in providers.items():
+                if before and name in before:
+                    before[name]()
                 time.sleep(settle)
                 elapsed = sample(call)
                 if index >= 0:

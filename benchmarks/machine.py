@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = ("fastvit", "kernels", "benchmarks", "csrc")
+_SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ def machine() -> Machine:
         commit=_commit(),
         date=datetime.date.today().isoformat(),
     )
+
+
+def sources(root: Path = _ROOT) -> str:
+    """A hash of all that is compiled or run, and of no table: what was measured depends on it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in _SOURCES for path in (root / folder).rglob("*")):
+        if path.suffix in _SUFFIXES:
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu() -> str:

@@ -18,27 +18,28 @@ COLUMNS = ("ms", "p20", "p80", "speed", "images/s", "roof", "MB", "error")
 
 @dataclass
 class Shown:
-    """A model's rows, each provider's speed as a multiple of the first one's, and why others have none."""
+    """A model's rows, each provider's speed as a multiple of the first one's, and why others have no row."""
 
     title: str
-    rows: list[Row] = field(default_factory=list)
-    speeds: dict[str, float] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
+    rows: list[Row]
+    speeds: dict[str, float]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __rich__(self) -> Group:
         table = Table(title=escape(self.title), title_justify="left", box=None, padding=(0, 1, 0, 0))
-        cells = [self._cells(row) for row in self.rows]
+        rows = [row for row in self.rows if row.verdict != "not run"]
+        cells = [self._cells(row) for row in rows]
         measured = [any(values) for values in zip(*cells, strict=True)] or [True] * len(COLUMNS)
         table.add_column("provider", no_wrap=True)
         for name in (*compress(COLUMNS, measured), "verdict"):
             table.add_column(name, justify="right", no_wrap=True)
-        for row, values in zip(self.rows, cells, strict=True):
+        for row, values in zip(rows, cells, strict=True):
             numbers = (value or "-" for value in compress(values, measured))
             verdict, style = ("ok", None) if row.ok else ("WRONG", "red")
             table.add_row(row.provider, *numbers, verdict, style=style)
-        notes = [Text(f"  {name}: {reason}", style="red") for name, reason in self.wrong.items()]
-        notes += [Text(f"  {name}: not run: {why}", style="dim") for name, why in self.absent.items()]
+        notes = [Text(f"  {row.provider}: {row.reason}", style="red") for row in rows if not row.ok]
+        absent = {row.provider: row.reason for row in self.rows if row.verdict == "not run"} | self.left_out
+        notes += [Text(f"  {name}: not run: {why}", style="dim") for name, why in absent.items()]
         return Group(table, *notes, "")
 
     def _cells(self, row: Row) -> list[str]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from . import columns, regression
 from .attempts import Attempts
 from .harness import Row, load, machine, save
+from .rows import OURS
 
 INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
 
@@ -56,10 +57,11 @@ class Outputs:
         self.attempts = Attempts(tried)
 
     def lacking(self, calls: Sequence[tuple], providers: Iterable[str]) -> list[str]:
-        """Those that the rows so far do not have all calls of, behind the first, which is their baseline."""
+        """Those that the rows lack a call of, behind the first, which is their baseline if it is not ours."""
         providers, known = list(providers), {(row.call, row.provider) for row in self.rows}
         found = [name for name in providers if not all((call, name) in known for call in calls)]
-        return list(dict.fromkeys([providers[0], *found])) if found else []
+        first = [name for name in providers[:1] if not name.startswith(OURS)]
+        return list(dict.fromkeys(first + found)) if found else []
 
     def keep(self, rows: Iterable[Row]) -> None:
         """Add rows, in the files too; one of a call and provider that was there takes the place of that."""

@@ -126,6 +126,16 @@ class Row:
         )
 
 
+def check_providers(names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names of nobody.
+
+    Raises:
+        ValueError: with those there are.
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown provider {unknown[0]!r}; the providers are {'; '.join(known)}")
+
+
 def save(rows: Iterable[Row], path: str | Path) -> None:
     """Write the rows as one JSON list, one row a line so that a diff reads well."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,12 @@ Batches = Annotated[
 Dtypes = Annotated[list[str] | None, typer.Option(help="float32, tf32, bfloat16, float16; repeatable.")]
 Tuned = Annotated[bool, typer.Option("--max-autotune", help="Time that mode of torch.compile too (minutes).")]
 Json = Annotated[Path | None, typer.Option(help="Keep the rows here, as they come.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with --json FILE where a run ended, without what it died of.")
+]
+Only = Annotated[
+    list[str] | None, typer.Option("--provider", help="This provider alone, by its whole name; repeatable.")
+]
 Csv = Annotated[Path | None, typer.Option(help="Keep a table here; of models, with timm's column names.")]
 Png = Annotated[Path | None, typer.Option(help="Draw bars and the roofline here.")]
 Baseline = Annotated[Path | None, typer.Option(help="Compare with the rows that --json kept of another run.")]
@@ -36,7 +42,9 @@ def ops(
     quick: Annotated[bool, typer.Option("--quick", help="A handful of cases of each op.")] = False,
     device: Device = None,
     rounds: Rounds = 20,
+    provider: Only = None,
     json: Json = None,
+    resume: Resume = False,
     csv: Csv = None,
     png: Png = None,
     baseline: Baseline = None,
@@ -47,8 +55,8 @@ def ops(
 
     from .commands import pick_device
 
-    kept = outputs(baseline, fail_if_slower, json=json, csv=csv, png=png)
-    how = (names or [], dtype or [], filter, quick, rounds, kept)
+    kept = outputs(baseline, fail_if_slower, resume, json=json, csv=csv, png=png)
+    how = (names or [], dtype or [], filter, quick, rounds, kept, provider or [])
     raise typer.Exit(bench_ops_command(_console(), pick_device(device), *how))
 
 
@@ -60,15 +68,18 @@ def model(
     device: Device = None,
     rounds: Rounds = 11,
     max_autotune: Tuned = False,
+    provider: Only = None,
     json: Json = None,
+    resume: Resume = False,
     csv: Csv = None,
     png: Png = None,
     baseline: Baseline = None,
     fail_if_slower: Slower = None,
 ) -> None:
     """Time whole models at inference: timm eager, torch.compile, and fastvit by backend."""
-    kept = (baseline, fail_if_slower, json, csv, png)
-    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune)
+    kept = (baseline, fail_if_slower, resume, json, csv, png)
+    which = {"only": provider or [], "max_autotune": max_autotune}
+    _models(names, batch_size, dtype, device, rounds, *kept, **which)
 
 
 @app.command()
@@ -79,15 +90,18 @@ def compare(
     device: Device = None,
     rounds: Rounds = 11,
     max_autotune: Tuned = False,
+    provider: Only = None,
     json: Json = None,
+    resume: Resume = False,
     csv: Csv = None,
     png: Png = None,
     baseline: Baseline = None,
     fail_if_slower: Slower = None,
 ) -> None:
     """The same beside every other engine that is installed: ONNX Runtime, OpenVINO, TensorRT."""
-    kept = (baseline, fail_if_slower, json, csv, png)
-    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune, engines=True)
+    kept = (baseline, fail_if_slower, resume, json, csv, png)
+    which = {"only": provider or [], "max_autotune": max_autotune}
+    _models(names, batch_size, dtype, device, rounds, *kept, **which, engines=True)
 
 
 @app.command()
@@ -98,24 +112,27 @@ def train(
     device: Device = None,
     rounds: Rounds = 7,
     max_autotune: Tuned = False,
+    provider: Only = None,
     json: Json = None,
+    resume: Resume = False,
     csv: Csv = None,
     png: Png = None,
     baseline: Baseline = None,
     fail_if_slower: Slower = None,
 ) -> None:
     """Time a training step: forward, backward, and the whole with AdamW."""
-    kept = (baseline, fail_if_slower, json, csv, png)
-    _models(names, batch_size, dtype, device, rounds, *kept, max_autotune=max_autotune, training=True)
+    kept = (baseline, fail_if_slower, resume, json, csv, png)
+    which = {"only": provider or [], "max_autotune": max_autotune}
+    _models(names, batch_size, dtype, device, rounds, *kept, **which, training=True)
 
 
-def _models(names, batch_size, dtype, device, rounds, baseline, slower, json, csv, png, **which) -> None:
+def _models(names, batch_size, dtype, device, rounds, baseline, slower, resume, json, csv, png, **which):
     from fastvit_benchmarks.commands import bench_models_command, outputs
 
     from .commands import pick_device
 
     names, sizes = _parted(names, batch_size or [])
-    kept = outputs(baseline, slower, json=json, csv=csv, png=png)
+    kept = outputs(baseline, slower, resume, json=json, csv=csv, png=png)
     place = pick_device(device)
     sizes, dtypes = sizes or [1, 8], dtype or ["float32" if place.type == "cpu" else "bfloat16"]
     raise typer.Exit(bench_models_command(_console(), place, names, sizes, dtypes, rounds, kept, **which))
@@ -129,7 +146,7 @@ def _parted(names: list[str], sizes: list[str]) -> tuple[list[str], list[int]]:
     models = [name for name in names if not name.isdecimal()]
     if not models:
         raise typer.BadParameter("name a model of timm")
-    return models, sorted(set(map(int, numbers)))
+    return models, list(dict.fromkeys(map(int, numbers)))
 
 
 def _console():

@@ -71,6 +71,17 @@ def test_signs_of_life_put_the_watchdog_off(dies):
     assert done.returncode == 9
 
 
+def test_one_that_is_asked_to_end_has_not_died(dies):
+    attempts, done = dies(
+        "try:\n"
+        '    with attempts("asked"): os.kill(os.getpid(), 15)\n'
+        "except KeyboardInterrupt: pass\n"
+        'with attempts("bad"): os._exit(9)'
+    )
+    assert attempts.ended("asked")
+    assert done.returncode == 9
+
+
 def test_a_lost_context_ends_the_process_and_says_why(dies):
     attempts, done = dies(LOSE + 'with attempts("bad"): pass\nprint("went on")')
     assert done.returncode == LOST

@@ -5,15 +5,15 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 from typer.testing import CliRunner
 
 from fastvit.cli import app
-from fastvit_benchmarks import bench_model, bench_train, commands, engines, model_peers, roofline
+from fastvit_benchmarks import bench_model, commands, engines, model_peers, roofline
 from fastvit_benchmarks.bench_model import Subject
 from fastvit_benchmarks.harness import Stopped, Timing, load, measure, rotating
 from fastvit_benchmarks.model_peers import Peer
 from fastvit_benchmarks.model_screen import Shown
+from fastvit_benchmarks.outputs import Outputs
 
 CPU = torch.device("cpu")
 NAME = "test_vit"  # of 64-channel blocks on images of 160 pixels
@@ -21,7 +21,8 @@ EAGER = Peer("timm eager", model_peers.eager)
 
 
 @pytest.fixture(autouse=True)
-def _small_roofline(monkeypatch):
+def _small_roofline(monkeypatch, threads):
+    threads(1)
     monkeypatch.setattr(roofline, "rows", lambda device, dtypes: [])
     monkeypatch.setattr(roofline, "peak_tflops", lambda device, dtype: 1.0)
     monkeypatch.setattr(commands.op_screen, "limits", lambda rows: "")
@@ -33,15 +34,26 @@ def subject():
     return Subject(NAME, 2, "float32", CPU)
 
 
+class Screen(Console):
+    """Keeps the tables that it shows."""
+
+    def __init__(self):
+        super().__init__(file=io.StringIO(), width=120)
+        self.tables = []
+
+    def print(self, *objects, **how):
+        self.tables += [one for one in objects if isinstance(one, Shown)]
+        super().print(*objects, **how)
+
+
 def run(subject, *peers, rounds=2) -> Shown:
-    kept = []
-    bench_model.run(subject, peers, rounds, Console(file=io.StringIO()), kept.append)
-    (shown,) = kept
+    bench_model.run(subject, peers, rounds, screen := Screen(), Outputs())
+    (shown,) = screen.tables
     return shown
 
 
-def off_by(factor) -> Peer:
-    return Peer("off", lambda model, x: lambda images: factor * model(images))
+def off_by(factor, name="off") -> Peer:
+    return Peer(name, lambda model, x: lambda images: factor * model(images))
 
 
 def test_rows_of_every_provider(subject):
@@ -61,17 +73,19 @@ def test_flops_are_those_of_the_published_table():
     assert bench_model.flops(model, torch.zeros(1, 3, 224, 224)) == pytest.approx(35.1e9, rel=0.01)
 
 
-def test_a_deliberately_wrong_provider_has_no_time(subject):
-    shown = run(subject, EAGER, off_by(1.001))
-    (wrong,) = [row for row in shown.rows if row.provider == "off"]
-    assert not wrong.ok
-    assert wrong.ms_p50 is wrong.tflops is None
-    assert wrong.error_ratio > 10
-    assert "off" not in shown.speeds
+def test_a_deliberately_wrong_provider_of_ours_has_no_time_and_others_no_speed(subject):
+    shown = run(subject, EAGER, off_by(1.001), off_by(1.001, "fastvit off"))
+    torchs, ours = shown.rows[1:]
+    for wrong in (torchs, ours):
+        assert not wrong.ok
+        assert wrong.error_ratio > 10
+        assert wrong.provider not in shown.speeds
+    assert ours.ms_p50 is ours.tflops is None
+    assert torchs.ms_p50 > 0
     console = Console(file=io.StringIO(), width=120)
     console.print(shown)
-    assert "WRONG" in console.file.getvalue()
-    assert "off: output" in console.file.getvalue()
+    assert console.file.getvalue().count("WRONG") == 2
+    assert "off: wrong: output" in console.file.getvalue()
     assert all(row.ok for row in run(subject, EAGER, off_by(1.0)).rows)
 
 
@@ -83,17 +97,25 @@ def test_a_deliberately_slow_provider_shows(subject):
     assert shown.speeds["slow"] < 0.5
 
 
-def test_who_cannot_run_is_absent_with_the_reason(subject):
+def test_who_cannot_run_has_a_row_with_the_reason_and_who_is_left_out_none(subject):
     def broken(model, x):
         raise RuntimeError("no kernel image\nand more")
 
     elsewhere = Peer("elsewhere", model_peers.eager, lambda device, dtype: "it is for others")
     shown = run(subject, EAGER, Peer("broken", broken), elsewhere)
-    assert shown.absent == {"broken": "no kernel image", "elsewhere": "it is for others"}
-    assert [row.provider for row in shown.rows] == ["timm eager"]
+    assert shown.left_out == {"elsewhere": "it is for others"}
+    assert [(row.provider, row.reason) for row in shown.rows] == [
+        ("timm eager", None),
+        ("broken", "no kernel image"),
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    console.print(shown)
+    assert "broken: not run: no kernel image" in console.file.getvalue()
+    assert "elsewhere: not run: it is for others" in console.file.getvalue()
 
 
-def test_control_c_keeps_the_rounds_that_were_over(subject):
+@pytest.mark.parametrize("name", ["stops", "fastvit stops"])
+def test_control_c_keeps_the_rounds_that_were_over(subject, name):
     turn = []
 
     def stops(model, x):
@@ -105,10 +127,14 @@ def test_control_c_keeps_the_rounds_that_were_over(subject):
 
         return call
 
-    kept = []
+    kept = Outputs()
     with pytest.raises(KeyboardInterrupt):
-        bench_model.run(subject, (EAGER, Peer("stops", stops)), 9, Console(file=io.StringIO()), kept.append)
-    assert [row.ms_p50 is not None for row in kept[0].rows] == [True, True]
+        bench_model.run(subject, (EAGER, Peer(name, stops)), 9, screen := Screen(), kept)
+    assert [(row.provider, row.ms_p50 is not None) for row in kept.rows] == [
+        ("timm eager", True),
+        (name, True),
+    ]
+    assert screen.tables[0].rows == kept.rows
 
 
 def test_rounds_that_were_not_over_are_not_kept():
@@ -133,7 +159,7 @@ def test_other_engines_compute_the_model(peer, subject):
         pytest.skip(reason)
     shown = run(subject, EAGER, peer)
     assert [row.provider for row in shown.rows] == ["timm eager", peer.name]
-    assert all(row.ok for row in shown.rows), shown.wrong
+    assert all(row.ok for row in shown.rows), shown.rows
 
 
 def test_engines_say_what_they_cannot_do():
@@ -157,52 +183,9 @@ def test_the_frozen_model_is_a_copy(subject):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for peer in (EAGER, Peer("fastvit", model_peers.ours), model_peers.OURS[1]):
         with torch.no_grad():
-            peer.prepare(model, subject.images(model, 1)[0])
+            peer.prepare(model, subject.images(1)[0])
     assert type(model).__module__.startswith("timm")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_training(subject, monkeypatch):
-    monkeypatch.setattr(bench_train, "providers", few_trained)
-    kept = []
-    bench_train.run(subject, False, 2, Console(file=io.StringIO()), kept.append)
-    assert [shown.rows[0].direction for shown in kept] == ["fwd", "bwd", "step"]
-    for shown in kept:
-        assert {row.provider: row.ok for row in shown.rows} == {
-            "timm eager": True,
-            "fastvit": True,
-            "off": False,
-        }
-        assert shown.rows[-1].ms_p50 is None
-        assert "off" in shown.wrong
-        assert shown.absent == {"broken": "no rule for this"}
-        assert all(row.peak_mb > 0 for row in shown.rows)
-
-
-def few_trained(model, max_autotune):
-    """Without the compiler, and with one that is wrong and one that cannot run."""
-    import copy
-
-    import fastvit
-
-    class Off(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return 1.01 * self.inner(x)
-
-    def refuse(x):
-        raise NotImplementedError("no rule for this")
-
-    own = [copy.deepcopy(model) for _ in range(4)]
-    return {
-        "timm eager": bench_train.Trained(own[0], own[0]),
-        "fastvit": bench_train.Trained(fastvit.accelerate(own[1]), own[1]),
-        "off": bench_train.Trained(Off(own[2]), own[2]),
-        "broken": bench_train.Trained(refuse, own[3]),
-    }
 
 
 def test_command_line(monkeypatch, tmp_path):
@@ -215,19 +198,29 @@ def test_command_line(monkeypatch, tmp_path):
 
     path = tmp_path / "rows.json"
     done = main(
-        "compare", NAME, "--batch-size", "1", "2", "--json", str(path), "--png", str(tmp_path / "a.png")
+        "compare", NAME, "--batch-size", "2", "1", "2", "--json", str(path), "--png", str(tmp_path / "a.png")
     )
     assert done.exit_code == 0, done.output
     assert [(row.batch, row.provider) for row in load(path)] == [
-        (1, "timm eager"),
-        (1, "off"),
         (2, "timm eager"),
         (2, "off"),
+        (1, "timm eager"),
+        (1, "off"),
     ]
     assert (tmp_path / "a.png").exists()
+    assert main("model", NAME, "--batch-size", "1", "--provider", "off", "--json", str(path)).exit_code == 0
+    assert [row.provider for row in load(path)] == ["off"]
     for wrong, said in (
         (("model", "vit_none"), "timm has no model 'vit_none'"),
         (("model", NAME, "--dtype", "int8"), "unknown dtype 'int8'"),
+        (
+            ("model", NAME, "--provider", "fastvit"),
+            "unknown provider 'fastvit'; the providers are timm eager; off",
+        ),
+        (
+            ("train", NAME, "--provider", "off"),
+            "the providers are timm eager; timm compiled; fastvit; fastvit",
+        ),
         (("train", NAME, "--fail-if-slower", "x", "--baseline", "y"), "'x' is not a percentage"),
         (("model", NAME, "--device", "cuda"), "torch sees no CUDA GPU here"),
     ):
@@ -237,8 +230,7 @@ def test_command_line(monkeypatch, tmp_path):
 
 
 def test_control_c_on_the_command_line(monkeypatch, tmp_path):
-    def stop(subject, peers, rounds, console, keep):
-        keep(bench_model.shown(subject, bench_model.Prepared(), {}, torch.zeros(1, 3, 8, 8), 1.0))
+    def stop(*how):
         raise Stopped({"a": Timing((1.0,))})
 
     monkeypatch.setattr(bench_model, "run", stop)

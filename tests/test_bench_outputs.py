@@ -132,6 +132,36 @@ def test_rows_are_in_the_file_as_soon_as_they_are_kept(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["rows.json"]
 
 
+def test_a_row_takes_the_place_of_an_earlier_one(tmp_path):
+    kept = Outputs(json=tmp_path / "rows.json")
+    kept.keep([EAGER, row()])
+    again = Outputs(json=tmp_path / "rows.json", resume=True)
+    again.keep([row("fastvit cpp"), row("timm eager", 30.0), row("timm eager", 1.0, batch=8)])
+    found = [(kept.provider, kept.batch, kept.ms_p50) for kept in load(tmp_path / "rows.json")]
+    assert found == [("timm eager", 4, 30), ("fastvit", 4, 10), ("fastvit cpp", 4, 10), ("timm eager", 8, 1)]
+    Outputs(json=tmp_path / "rows.json").keep([EAGER])
+    assert load(tmp_path / "rows.json") == [EAGER]
+
+
+def test_who_lacks_a_row_runs_beside_the_baseline():
+    kept = Outputs()
+    kept.keep([EAGER, row(), row(direction="bwd")])
+    fwd, both = [EAGER.call], [EAGER.call, row(direction="bwd").call]
+    assert kept.lacking(fwd, ["timm eager", "fastvit"]) == []
+    assert kept.lacking(fwd, ["timm eager", "fastvit", "fastvit cpp"]) == ["timm eager", "fastvit cpp"]
+    assert kept.lacking(both, ["timm eager", "fastvit"]) == ["timm eager"]
+    assert kept.lacking(fwd, ["fastvit", "fastvit cpp"]) == ["fastvit cpp"]
+
+
+def test_to_go_on_needs_rows_of_this_machine(tmp_path):
+    with pytest.raises(ValueError, match=r"--resume needs --json FILE"):
+        Outputs(resume=True)
+    there = Machine("another CPU", 8, None, None, "2.14.1", None, None, "2026-01-31")
+    save([row(here=there)], tmp_path / "rows.json")
+    with pytest.raises(ValueError, match=r"was measured on another CPU, 8 threads, and this is"):
+        Outputs(json=tmp_path / "rows.json", resume=True)
+
+
 def test_models_have_timms_columns(tmp_path):
     lost = row(ms=None, ok=False, reason="its process died")
     columns.save_csv([row(op="copy"), row(), lost], tmp_path / "rows.csv")

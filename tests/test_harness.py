@@ -114,6 +114,20 @@ def test_sources_without_a_history_are_told_their_commit(monkeypatch, tmp_path):
     assert machine_module._commit.__wrapped__() == "abc1234"
 
 
+def test_sources_are_what_is_run_and_not_the_tables(tmp_path):
+    for folder in ("fastvit", "kernels", "benchmarks", "csrc"):
+        (tmp_path / folder).mkdir()
+    first = machine_module.sources(tmp_path)
+    (tmp_path / "kernels" / "tiles.json").write_text("{}")
+    assert machine_module.sources(tmp_path) == first
+    found = {first}
+    for name in ("kernels/a.py", "csrc/a.cu", "csrc/b.cu"):
+        (tmp_path / name).write_text("x")
+        found.add(machine_module.sources(tmp_path))
+    assert len(found) == 4
+    assert len(machine_module.sources()) == 16
+
+
 def test_a_command_that_is_absent_or_fails_says_nothing():
     assert machine_module._output("fastvit-no-such-command") is None
     assert machine_module._output("false") is None

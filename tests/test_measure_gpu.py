@@ -1,5 +1,6 @@
 """The questions of real models, and that what is measured answers them, without a GPU."""
 
+import dataclasses
 import itertools
 import json
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from fastvit import gpus, measurements
 from fastvit.backends import TABLE
 from fastvit.ops import native
 from fastvit_benchmarks import op_bench
+from fastvit_benchmarks.attempts import Attempts
+from fastvit_benchmarks.machine import machine
 from fastvit_benchmarks.tables import gpu_questions, measure_cpu, measure_gpu, tune
 from fastvit_benchmarks.tables.gpu_questions import Asked, folded, fused, of_models
 from fastvit_benchmarks.tables.measure_gpu import Book
@@ -61,10 +64,13 @@ def hopper():
         yield name
 
 
-def run(asked, tmp_path, gpu, measure=lambda one: (True, 1.1), deadline=1.0, clock=lambda: 0.0, **book):
+def run(
+    asked, tmp_path, gpu, measure=lambda one: (True, 1.1), deadline=1.0, clock=lambda: 0.0, tried=None, **book
+):
     said = []
     kept = Book(tmp_path / "gpu.json", NOTES | {"gpu": gpu}, **book)
-    count = measure_gpu.run(asked, measure, kept, deadline=deadline, say=said.append, clock=clock)
+    how = {"deadline": deadline, "say": said.append, "clock": clock, "attempts": Attempts(tried)}
+    count = measure_gpu.run(asked, measure, kept, **how)
     return count, said, kept
 
 
@@ -129,10 +135,31 @@ def test_rows_of_what_is_not_measured_yet_stay(asked, hopper, tmp_path):
 
 
 def test_what_does_not_run_is_said_and_has_no_row(asked, hopper, tmp_path):
-    count, said, _ = run(asked[:1], tmp_path, hopper, measure=lambda one: None)
+    count, said, _ = run(asked[:1], tmp_path, hopper, measure=lambda one: "torch: not enough memory")
     assert (count, len(said)) == (0, 1)
-    assert "does not run" in said[0]
+    assert said[0].endswith(": torch: not enough memory")
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_what_a_run_died_of_is_not_measured_by_the_next_of_the_same_sources(asked, hopper, tmp_path):
+    class Died(Exception):
+        pass
+
+    tried, points = tmp_path / "gpu.tried", {"points_file": tmp_path / "points.json"}
+
+    def dies(one):
+        if one is asked[1]:
+            raise Died(tried.read_text())  # all that a process that dies here leaves
+        return True, 1.1
+
+    with pytest.raises(Died) as death:
+        run(asked[:3], tmp_path, hopper, dies, tried=tried, state="one", **points)
+    tried.write_text(str(death.value))
+    count, said, book = run(asked[:3], tmp_path, hopper, tried=tried, state="one", **points)
+    assert count == 1
+    assert said[0].endswith(": its process died")
+    assert not book.has(asked[1].point)
+    assert run(asked[:3], tmp_path, hopper, tried=tried, state="two", **points)[0] == 3
 
 
 def small(factor):
@@ -161,7 +188,17 @@ def test_a_side_that_cannot_run_is_no_measurement():
         raise RuntimeError("no kernel")
 
     asked = small(1.0)
-    assert measure_gpu.measured(Asked(asked.point, asked.case, asked.torchs, refuse), CPU) is None
+    found = measure_gpu.measured(Asked(asked.point, asked.case, asked.torchs, refuse), CPU)
+    assert found == "ours: no kernel"
+
+
+def test_a_side_without_memory_is_no_measurement():
+    def exhaust(case, inputs):
+        raise torch.OutOfMemoryError
+
+    asked = small(1.0)
+    found = measure_gpu.measured(Asked(asked.point, asked.case, exhaust, asked.ours), CPU)
+    assert found == "torch: not enough memory"
 
 
 def test_fused_is_asked_as_the_op_asks_it():
@@ -191,6 +228,23 @@ def test_without_a_gpu_it_says_so():
     app = typer.Typer()
     app.command()(measure_gpu.main)
     assert CliRunner().invoke(app, []).exit_code == 1
+
+
+def test_models_and_dtypes_that_are_asked_for_keep_their_order(monkeypatch):
+    here, chosen = machine(), []
+    monkeypatch.setattr(measure_gpu, "machine", lambda: dataclasses.replace(here, gpu="NVIDIA A100"))
+    monkeypatch.setattr(measure_gpu, "of_models", lambda device, *how: chosen.append(how) or ())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    app = typer.Typer()
+    app.command()(measure_gpu.main)
+    for words in ([], ["--models", "2", "--dtype", "tf32", "--dtype", "bfloat16"]):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert chosen == [
+        (gpu_questions.MODELS, list(gpu_questions.MODES)),
+        (gpu_questions.MODELS[:2], ["bfloat16", "tf32"]),
+    ]
+    assert "unknown dtype 'int8'; the dtypes are " in CliRunner().invoke(app, ["--dtype", "int8"]).output
 
 
 @pytest.mark.parametrize(("op", "inner"), [("layer_norm_mlp", "hidden"), ("layer_norm_linear", "out")])

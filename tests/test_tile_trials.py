@@ -1,6 +1,8 @@
 """Tiles near a tile, what a GPU is asked of them, and that a planned call is the op's."""
 
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import test_tiles
@@ -109,6 +111,19 @@ def test_a_compiler_that_crashes_is_a_fault_of_its_tile_alone(monkeypatch):
     entries = [entry() | {"num_warps": warps} for warps in (2, 16, 8)]
     trials = Trials(ARCH, torch.device("cpu"), workers=4)
     assert trials.compile("attention_fwd", 0, entries, [CALL]) == ["", tile_trials.CRASHED, ""]
+
+
+def test_a_watchdog_is_told_of_every_answer(monkeypatch):
+    told = []
+    trials = Trials(ARCH, torch.device("cpu"), 1, lambda: told.append(0))
+    done = Future()
+    done.set_result("")
+    trials.pool = SimpleNamespace(submit=lambda *job: done)
+    assert trials.compile("attention_fwd", 0, [entry()] * 3, [CALL]) == [""] * 3
+    assert len(told) == 3
+    monkeypatch.setattr(tile_trials, "run_case", lambda *args, **how: SimpleNamespace(speedups={}))
+    trials.speeds("attention_fwd", 0, [entry()], [CALL] * 2)
+    assert len(told) == 5
 
 
 def measured(monkeypatch, speeds, wrong=()):

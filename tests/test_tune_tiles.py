@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from fastvit_benchmarks import files
+from fastvit_benchmarks.attempts import Attempts
 from fastvit_benchmarks.tiles import calls as tile_calls
 from fastvit_benchmarks.tiles import file as tile_file
 from fastvit_benchmarks.tiles import tune_tiles
@@ -77,10 +78,10 @@ def entry(kernel="attention_fwd", index=0):
     return tiles.table(ARCH)[kernel][index]
 
 
-def tune(gpu, calls=CALLS[:1], **how):
+def tune(gpu, calls=CALLS[:1], tried=None, **how):
     said = []
     times = {"deadline": 1.0, "clock": lambda: 0.0} | how
-    counts = tune_tiles.tune(ARCH, calls, gpu, NOTES, say=said.append, **times)
+    counts = tune_tiles.tune(ARCH, calls, gpu, NOTES, Attempts(tried), say=said.append, **times)
     return counts, "\n".join(said)
 
 
@@ -185,6 +186,18 @@ def test_a_run_that_is_ended_leaves_a_whole_table(monkeypatch):
     tiles.table.cache_clear()
     assert sum(row["status"] == "measured" for rows in tiles.table(ARCH).values() for row in rows) == 1
     valid()
+
+
+def test_an_entry_that_a_run_died_of_is_passed_over_at_its_commit(tmp_path, monkeypatch):
+    tried = tmp_path / "tiles.tried"
+    tried.write_text('{"begun": "attention_fwd 0 at abc1234"}\n{"begun": "attention_bwd 0 at def5678"}\n')
+    before = dict(entry())
+    counts, said = tune(FakeGpu(faster()), CALLS, tried)
+    assert counts == (2, 0)
+    assert "attention_fwd 0: its process died" in said
+    assert entry() == before
+    assert entry("attention_bwd")["status"] == "measured"
+    assert Attempts(tried).ended(f"attention_bwd {CALLS[1].place(ARCH)} at abc1234")
 
 
 def test_the_next_run_begins_with_what_is_not_measured():

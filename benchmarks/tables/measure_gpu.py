@@ -1,12 +1,12 @@
 """Which calls our kernels serve no slower than torch on this GPU: the table that `auto` goes by.
 
-    python -m fastvit_benchmarks.tables.measure_gpu [--seconds 120] [--points FILE]
+    python -m fastvit_benchmarks.tables.measure_gpu [--seconds 120] [--points FILE] [--tried FILE]
 
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
 and float32, forward and backward, at batches of 1 to 256. Before them, on Hopper, whether fc1 is to have its
 activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded").
 kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this
-one ended.
+one ended, and with ``--tried`` without the call that it died of.
 """
 
 import hashlib
@@ -28,22 +28,23 @@ import fastvit_kernels
 from fastvit import extension, measurements
 
 from .. import files
+from ..attempts import Attempts
 from ..gpu.facts import HOPPER, slug
-from ..harness import machine
+from ..machine import machine, sources
 from ..op_bench import run_case
-from .gpu_questions import Asked, folded, fused, of_models
+from .gpu_questions import MODELS, MODES, Asked, folded, fused, of_models
 from .measured_table import Point, table
 
 ROUNDS, SECONDS = 15, 0.05
-Measure = Callable[[Asked], tuple[bool, float] | None]
+Measure = Callable[[Asked], tuple[bool, float] | str]
 
 
-def measured(asked: Asked, device: torch.device) -> tuple[bool, float] | None:
-    """Whether ours is right, and torch's time by its own; None where one of them does not run."""
+def measured(asked: Asked, device: torch.device) -> tuple[bool, float] | str:
+    """Whether ours is right, and torch's time by its own; or why one of them does not run."""
     providers = {"torch": asked.torchs, "ours": asked.ours}
     outcome = run_case(asked.case, providers, device, machine(), rounds=ROUNDS, seconds=SECONDS)
     if outcome.absent:
-        return None
+        return "; ".join(f"{name}: {reason}" for name, reason in outcome.absent.items())
     return all(check.ok for check in outcome.checks["ours"]), outcome.speedups.get("ours", 0.0)
 
 
@@ -101,6 +102,7 @@ def run(
     *,
     deadline: float,
     say: Callable[[str], None],
+    attempts: Attempts,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Measure what the book lacks until the time is over; returns how many that were."""
@@ -110,10 +112,13 @@ def run(
             break
         if book.has(one.point):
             continue
-        found = measure(one)
-        title = f"{one.case.title} {one.point.options}".rstrip()
+        title, name = f"{one.case.title} {one.point.options}".rstrip(), f"{book.state} {_key(one.point)}"
+        found = attempts.died(name)
         if found is None:
-            say(f"  -    {title}: one of both does not run")
+            with attempts(name):
+                found = measure(one)
+        if isinstance(found, str):
+            say(f"  -    {title}: {found}")
             continue
         ok, ratio = found
         say(f"{ratio:5.2f}x {'' if ok else 'WRONG '}{title}")
@@ -126,27 +131,34 @@ def run(
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="When to begin no other call.")] = 120,
     points: Annotated[Path | None, typer.Option(help="Where the points are kept from run to run.")] = None,
-    state: Annotated[str, typer.Option(help="What points depend on beside torch, Triton and tiles.")] = "",
+    tried: Annotated[Path | None, typer.Option(help="Where it is noted what a run may die of.")] = None,
+    models: Annotated[int | None, typer.Option(min=1, help="Only so many, the most used first.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODES)}; repeatable.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again.")] = False,
 ) -> None:
     """Measure what `auto` asks on this machine's GPU."""
-    deadline, here = time.monotonic() + seconds, machine()
+    deadline, here, modes = time.monotonic() + seconds, machine(), tuple(dtype or MODES)
+    if unknown := [name for name in modes if name not in MODES]:
+        sys.exit(f"measure_gpu: unknown dtype {unknown[0]!r}; the dtypes are {', '.join(MODES)}")
     if here.gpu is None:
         sys.exit("measure_gpu: torch finds no CUDA GPU")
     device, folder = torch.device("cuda", torch.cuda.current_device()), Path(fastvit_kernels.__file__).parent
     notes = {"gpu": here.gpu, "torch": here.torch, "triton": here.triton or ""}
     notes |= {"date": date.today().isoformat(), "commit": here.commit or ""}
-    if fresh and points is not None:
-        points.unlink(missing_ok=True)
+    if fresh:
+        for file in filter(None, (points, tried)):
+            file.unlink(missing_ok=True)
     tiles = "".join(path.read_text() for path in sorted((folder / "tiles").glob("*.json")))
-    depends = hashlib.sha256("\0".join((state, here.torch, here.triton or "", tiles)).encode())
+    depends = hashlib.sha256("\0".join((sources(), here.torch, here.triton or "", tiles)).encode())
     book = Book(folder / "measured" / f"{slug(here.gpu)}.json", notes, depends.hexdigest()[:16], points)
     measure, count = partial(measured, device=device), 0
-    how = {"deadline": deadline, "say": print}
+    how = {"deadline": deadline, "say": print, "attempts": Attempts(tried)}
     if torch.cuda.get_device_capability(device) == HOPPER and extension.build_info().cutlass != "none":
-        count += run(chain(fused(), folded()), measure, book, **how)
+        asked = (one for one in chain(fused(), folded()) if one.point.dtype in modes)
+        count += run(asked, measure, book, **how)
         measurements.clear()  # from here on the op goes by what was found
-    count += run(of_models(device), measure, book, **how)
+    asked = of_models(device, MODELS[:models], [mode for mode in MODES if mode in modes])
+    count += run(asked, measure, book, **how)
     good = sum(point.ok and point.ratio >= 1 for point in book.points.values())
     print(f"{count} calls measured, {good} of {len(book.points)} right and no slower, in {book.file.name}")
 

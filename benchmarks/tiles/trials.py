@@ -27,7 +27,10 @@ AOT = {"attention": "fastvit_kernels.attention_aot", "patch_embed": "fastvit_ker
 class Trials:
     """What the tuner asks of a GPU. Its processes compile, which makes this one find what they compiled."""
 
-    def __init__(self, arch: str, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, arch: str, device: torch.device, workers: int, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self.alive = alive  # told of each answer, as a watchdog may wait for it
         self.arch, self.device, self.workers, self.here = arch, device, workers, machine()
         self.pool: ProcessPoolExecutor | None = None
 
@@ -54,6 +57,7 @@ class Trials:
                 for i, entry in enumerate(entries)
             }
             outcome = run_case(call, providers, self.device, self.here, rounds=rounds, seconds=0.05)
+            self.alive()
             for name, speeds in zip(providers, found, strict=True):
                 speeds.append(outcome.speedups.get(name, 0.0))
         return [geometric_mean(speeds) if min(speeds) >= SLOWEST else None for speeds in found]
@@ -76,23 +80,23 @@ class Trials:
         """The jobs' answers. A compiler that crashes takes those beside it along: each is then run alone."""
         if self.pool is None:
             self.pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
-        answers = [_answer(future) for future in [self.pool.submit(faults, *job) for job in jobs]]
+        answers = [self._answer(future) for future in [self.pool.submit(faults, *job) for job in jobs]]
         if CRASHED in answers:
             self.pool = None
             for i, job in enumerate(jobs):
                 if answers[i] == CRASHED:
                     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                        answers[i] = _answer(alone.submit(faults, *job))
+                        answers[i] = self._answer(alone.submit(faults, *job))
         return answers
 
-
-def _answer(future: Future) -> str:
-    try:
-        return future.result(COMPILE_SECONDS)
-    except BrokenProcessPool:
-        return CRASHED
-    except TimeoutError:
-        return f"it does not compile in {COMPILE_SECONDS} s"
+    def _answer(self, future: Future) -> str:
+        self.alive()
+        try:
+            return future.result(COMPILE_SECONDS)
+        except BrokenProcessPool:
+            return CRASHED
+        except TimeoutError:
+            return f"it does not compile in {COMPILE_SECONDS} s"
 
 
 def faults(plan: Callable, arch: str, kernel: str, index: int, entry: Entry, given: object) -> str:

@@ -1,9 +1,10 @@
-"""Measure this GPU's tiles: `python -m fastvit_benchmarks.tiles.tune_tiles [--seconds 150]`.
+"""Measure this GPU's tiles: `python -m fastvit_benchmarks.tiles.tune_tiles [--seconds 150] [--tried FILE]`.
 
 For each entry of kernels/tiles/<arch>.json, the most important first, the tiles near it are compiled, judged
 by the contract and timed beside it on the calls that it serves. The best takes its place if a second
 measurement finds it faster too. Each entry is written when it is done, so a run that is ended leaves a whole
-table; the next one begins with the entries that were not measured at its commit.
+table; the next one begins with the entries that were not measured at its commit, without one that a run died
+of.
 """
 
 import os
@@ -21,6 +22,7 @@ import typer
 from fastvit_kernels import tiles
 from fastvit_kernels.launch import arch_of
 
+from ..attempts import Attempts
 from ..harness import machine
 from .calls import TileCall, calls
 from .file import write
@@ -28,6 +30,7 @@ from .neighbours import Entry, neighbours
 
 GAIN = 1.02  # two measurements of one tile differ by less
 ROUNDS = 40  # of the second measurement
+SILENT = 90  # seconds without an answer, of which a compilation is one, after which a tile hangs
 
 
 class Tried(Protocol):
@@ -87,6 +90,7 @@ def tune(
     known: Sequence[TileCall],
     trials: Tried,
     notes: dict[str, str],
+    attempts: Attempts,
     *,
     deadline: float,
     say: Callable[[str], None],
@@ -105,8 +109,13 @@ def tune(
         if clock() >= deadline:
             break
         current = tiles.table(arch)[entry.kernel][entry.index]
-        found = better(entry, current, trials)
         named = f"{entry.kernel} {entry.index}"
+        attempt = f"{named} at {notes['commit']}"
+        if reason := attempts.died(attempt):
+            say(f"{named}: {reason}")
+            continue
+        with attempts(attempt, SILENT):
+            found = better(entry, current, trials)
         if isinstance(found, str):
             say(f"{named}: {found}")
             if found.startswith("WRONG"):
@@ -126,6 +135,7 @@ def tune(
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="When to begin no other entry.")] = 150,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = os.cpu_count() or 1,
+    tried: Annotated[Path | None, typer.Option(help="Where it is noted what a run may die of.")] = None,
 ) -> None:
     """Tune the tiles on this machine's GPU."""
     from .trials import Trials
@@ -142,8 +152,9 @@ def main(
     if not commit:
         sys.exit("tune_tiles: a measured tile names its commit, and there is none: set FASTVIT_COMMIT")
     notes = {"gpu": here.gpu, "date": date.today().isoformat(), "commit": commit}
-    trials = Trials(arch, device, workers)
-    measured, changed = tune(arch, list(calls()), trials, notes, deadline=deadline, say=print)
+    attempts = Attempts(tried)
+    trials = Trials(arch, device, workers, attempts.alive)
+    measured, changed = tune(arch, list(calls()), trials, notes, attempts, deadline=deadline, say=print)
     print(f"{measured} tiles measured, {changed} changed, in {Path('kernels', 'tiles', f'{arch}.json')}")
 
 
