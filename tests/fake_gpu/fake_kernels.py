@@ -1,4 +1,4 @@
-"""The Triton launchers of the GPU that is made up: launches are checked and noted, numbers are the reference's."""
+"""The launchers of the GPU that is made up: launches are checked and noted, numbers are the reference's."""
 
 import os
 import sys
