@@ -121,6 +121,17 @@ def test_alone_it_ends_where_it_hangs(toys):
     assert "in test_it" in done.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("-p", "xdist.plugin", "-n", "2")], ids=["alone", "with others"])
+def test_a_file_that_cannot_be_imported_is_told_of(words, toys, tmp_path):
+    if words:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_broken.py").write_text("import nothing_of_the_kind")
+    assert toys("--keep", "kept", "-k", "good", *words).returncode
+    (row,) = (row for row in kept(tmp_path / "kept", "tests.jsonl") if row["test"] == "test_broken.py")
+    assert row["outcome"] == "failed"
+    assert "nothing_of_the_kind" in row["why"]
+
+
 MACHINE = """
 import os
 from types import SimpleNamespace as Facts

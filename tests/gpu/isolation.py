@@ -55,8 +55,9 @@ class Isolation:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self):
-        if self.hang and self.traces is not None:
-            faulthandler.dump_traceback_later(self.hang, exit=True, file=self.traces)
+        if not self.hang or self.traces is None:
+            return (yield)
+        faulthandler.dump_traceback_later(self.hang, exit=True, file=self.traces)
         try:
             return (yield)
         finally:
@@ -132,9 +133,8 @@ def _by_op() -> type:
             if node not in self.registered_collections:  # it comes when it has collected
                 return
             super()._reschedule(node)
-            while (
-                self.workqueue and self._pending_of(self.assigned_work[node]) < 2 and not node.shutting_down
-            ):
+            mine = self.assigned_work[node]
+            while self.workqueue and self._pending_of(mine) < 2 and not node.shutting_down:
                 self._assign_work_unit(node)
 
     return ByOp
