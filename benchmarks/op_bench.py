@@ -105,6 +105,13 @@ class Outcome:
     speedups: dict[str, float]
     absent: dict[str, str]
 
+    def with_more(self, later: "Outcome") -> "Outcome":
+        """And what other providers gave; of one that was there before, that stays."""
+        known = {row.provider for row in self.rows}
+        rows = self.rows + [row for row in later.rows if row.provider not in known]
+        own = ((later.checks, self.checks), (later.speedups, self.speedups), (later.absent, self.absent))
+        return Outcome(self.case, rows, *(others | first for others, first in own))
+
 
 def differentiated(forward: Callable[..., Tensor]) -> Provider:
     """A provider of all directions from the op's forward, by autograd."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from fastvit_benchmarks.op_bench import differentiated
 # Of the first case one of ours ends its process.
 DIES = """
 import os, sys
+sys.path.insert(0, sys.argv[2])
 from test_bench_resume import Ops
 class Dies(Ops):
     def prepare(self, name, case):
@@ -64,7 +66,7 @@ def ops(monkeypatch):
 
 def died(path):
     """Of an earlier process; its rows."""
-    done = subprocess.run([sys.executable, "-c", DIES, path], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", DIES, path, Path(__file__).parent], capture_output=True, text=True, check=False)
     assert done.returncode == 9, done.stderr
     return [(row.direction, row.provider) for row in load(path)]
 

@@ -1,5 +1,6 @@
-"""`make gpu` from end to end with a GPU that is made up (fake_gpu), from a tree as it travels: no .git, nothing
-installed. GPU_PYTHON chooses another Python, that of a machine with a GPU say; `make rehearsal` all stages.
+"""`make gpu` from end to end with a GPU that is made up (fake_gpu), from a tree as it travels: no .git.
+
+GPU_PYTHON chooses another Python, that of a machine with a GPU say; `make rehearsal` runs all stages.
 """
 
 import json
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = os.environ.get("GPU_PYTHON") or sys.executable
 BUDGET = os.environ.get("GPU_BUDGET")  # seconds for all stages; a part of them without
 GPU = "h100-80gb-fake"
+# The smoke tests that fail of the faults that are planted below.
+CALLS = [("attention bfloat16", "fwd"), ("attention bfloat16", "bwd"), ("patch_embed bfloat16", "bwd")]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def rows(folder, name):
 
 @pytest.mark.skipif(not BUDGET, reason="all stages take minutes: make rehearsal")
 def test_all_stages(go):
-    status, said, found, folder = go(budget=BUDGET)
+    _, said, found, _ = go(budget=BUDGET)
     assert list(found)[:6] == ["facts", "smoke", "parity", "ops", "ours", "baseline"], said
     for name, outcome in found.items():
         assert outcome["status"] in ("ok", "timed out", "absent"), (name, outcome)
@@ -84,43 +87,30 @@ def test_all_stages(go):
 
 
 def test_stages_keep_their_rows(go):
-    few = "-k 'plain and bfloat16 and bwd'"
-    names = ["smoke", "ops", "ours", "baseline", "tables", "train", "tiles"]
-    status, said, found, folder = go(*names, tests=few, GPU_HANG="60")
+    names = ["parity", "ours", "baseline", "tables", "train"]
+    _, said, found, folder = go(*names, tests="-k 'attention and every_option and bfloat16'")
     assert list(found) == ["facts", *names]
-    for name in ("smoke", "ops", "ours", "baseline", "tables", "train"):
-        assert found[name]["status"] == "ok", said
-    kept = {path.stem for path in folder.glob("*.json")}
-    assert {"ops-attention", "ops-layer_norm_mlp", "ours", "baseline", "measure_gpu", "train"} <= kept
+    assert {found[name]["status"] for name in names} == {"ok"}, said
+    assert {"ours", "baseline", "measure_gpu", "train"} <= {path.stem for path in folder.glob("*.json")}
     assert {row.commit for row in findings.measured(folder / "ours.json")} == {"abc1234"}
     assert found["tables"]["commit"] == "abc1234"
-    assert ("fwd", "fastvit kernel", True, "") in rows(folder, "ops-attention")
+    assert not [row for row in rows(folder, "train") if not row[2]]
 
 
 def test_a_kernel_that_dies_hangs_or_is_wrong_costs_its_own_rows(go):
-    few = "-k 'plain and bfloat16'"
-    plants = "attention_fwd=wrong,attention_bwd=lost,patch_embed_fwd=hang,patch_embed_bwd=die"
-    how = {"FAKE_GPU_PLANT": plants, "FAKE_GPU_PATIENCE": "4", "GPU_HANG": "25"}
-    status, _, found, folder = go("smoke", "ops", tests=few, **how)
+    plants = "attention_fwd=wrong,attention_bwd=hang,patch_embed_bwd=die"
+    how = {"FAKE_GPU_PLANT": plants, "FAKE_GPU_PATIENCE": "10", "GPU_HANG": "40"}
+    status, _, found, folder = go("smoke", "ops", tests="-k 'plain and bfloat16'", **how)
     assert status == 1
-    tests = {
-        row["test"].partition("[")[2]: row["outcome"]
-        for row in findings.lines(folder / "logs/smoke/tests.jsonl")
-    }
-    ops = {
-        name: {test.split()[0] for test, outcome in tests.items() if outcome == name}
-        for name in ("passed", "failed")
-    }
-    assert ops == {
-        "passed": {"layer_norm_linear", "linear_residual", "layer_norm_mlp"},
-        "failed": {"attention", "patch_embed"},
-    }
+    tests = findings.lines(folder / "logs" / "smoke" / "tests.jsonl")
+    failed = {row["test"].partition("[")[2].rstrip("]") for row in tests if row["outcome"] == "failed"}
+    assert failed == {f"{call} plain {way}" for call, way in CALLS}
     assert len(tests) == 10, tests
     for op in ("layer_norm_linear", "linear_residual", "layer_norm_mlp"):
         assert all(ok for *_, ok, _ in rows(folder, f"ops-{op}"))
     for op, faults in {
-        "attention": {"fwd": "wrong", "bwd": "lost", "step": "lost"},
-        "patch_embed": {"fwd": "watchdog", "bwd": "died", "step": "watchdog"},
+        "attention": {"fwd": "wrong", "bwd": "watchdog", "step": "watchdog"},
+        "patch_embed": {"fwd": None, "bwd": "died", "step": "died"},
     }.items():
         found = rows(folder, f"ops-{op}")
         for direction, fault in faults.items():
@@ -130,4 +120,4 @@ def test_a_kernel_that_dies_hangs_or_is_wrong_costs_its_own_rows(go):
             ]
             assert sum(torchs) >= 3
             assert len(ours) == 2
-            assert all(not ok and fault in why for ok, why in ours), (op, direction, ours)
+            assert all(ok == (fault is None) and (fault or "") in why for ok, why in ours), (op, ours)

@@ -3,7 +3,7 @@
     python -m fastvit_benchmarks.tables.measure_gpu [--seconds 120] [--points FILE] [--tried FILE]
 
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
-and float32, forward and backward, at batches of 1 to 256. Before them, on Hopper, whether fc1 is to have its
+and float32, forward and backward, at batches of 1 to 256. After them, on Hopper, whether fc1 is to have its
 activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded").
 kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this
 one ended, and with ``--tried`` without the call that it died of.
@@ -25,7 +25,7 @@ import torch
 import typer
 
 import fastvit_kernels
-from fastvit import extension, measurements
+from fastvit import extension
 
 from .. import files
 from ..attempts import Attempts
@@ -153,12 +153,10 @@ def main(
     book = Book(folder / "measured" / f"{slug(here.gpu)}.json", notes, depends.hexdigest()[:16], points)
     measure, count = partial(measured, device=device), 0
     how = {"deadline": deadline, "say": print, "attempts": Attempts(tried)}
+    count += run(of_models(device, MODELS[:models], [m for m in MODES if m in modes]), measure, book, **how)
     if torch.cuda.get_device_capability(device) == HOPPER and extension.build_info().cutlass != "none":
         asked = (one for one in chain(fused(), folded()) if one.point.dtype in modes)
         count += run(asked, measure, book, **how)
-        measurements.clear()  # from here on the op goes by what was found
-    asked = of_models(device, MODELS[:models], [mode for mode in MODES if mode in modes])
-    count += run(asked, measure, book, **how)
     good = sum(point.ok and point.ratio >= 1 for point in book.points.values())
     print(f"{count} calls measured, {good} of {len(book.points)} right and no slower, in {book.file.name}")
 
