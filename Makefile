@@ -15,8 +15,11 @@ STAMP := .venv/.stamp
 # The oldest Triton that the kernels compile on, beside the current one, which came with torch.
 OLD_TRITON := 3.6.0
 OLD_TRITON_PATH := .venv/triton-$(OLD_TRITON)
+# The oldest torch that pyproject.toml allows, for its headers.
+OLD_TORCH := 2.11.0
+OLD_TORCH_PATH := .venv/torch-$(OLD_TORCH)
 
-.PHONY: setup demo test test-gpu gpu bench report lint aot asan coverage cuda wheel
+.PHONY: setup demo test test-gpu gpu bench report lint aot asan coverage cuda wheel old-torch
 
 setup: $(STAMP)
 
@@ -110,9 +113,22 @@ $(OLD_TRITON_PATH)/.stamp: | $(STAMP)
 		echo "make aot compiles on Triton $(OLD_TRITON) too, and pip could not install it in $(@D)" >&2; exit 1; }
 	@touch $@
 
+# The libraries beside the oldest torch (CUDA's where there is nvcc); the CPU's then runs in the current one.
+OLD_TORCH_BUILD := build/torch-$(OLD_TORCH)
+old-torch: $(STAMP) $(OLD_TORCH_PATH)/.stamp
+	$(BIN)/python csrc/libraries.py $(OLD_TORCH_BUILD) --torch $(OLD_TORCH_PATH)/torch
+	$(BIN)/python -m pytest tests/test_native_ops.py -q -p no:cacheprovider \
+		--library $(OLD_TORCH_BUILD)/_fastvit_cpu.so
+
+$(OLD_TORCH_PATH)/.stamp: | $(STAMP)
+	rm -rf $(@D)
+	$(PIP) install --quiet --no-deps --target $(@D) torch==$(OLD_TORCH) || { rm -rf $(@D); \
+		echo "make old-torch needs torch $(OLD_TORCH), and pip could not install it in $(@D)" >&2; exit 1; }
+	@touch $@
+
 # The tests of the C++ ops on a library that sees every read and write out of bounds, and undefined behaviour.
 asan: $(STAMP)
-	$(BIN)/python csrc/libraries.py build/asan
+	$(BIN)/python csrc/libraries.py build/asan --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/test_native_ops.py tests/test_native_calls.py \
 		tests/test_attention_native.py tests/test_products.py -p no:cacheprovider --library build/asan/_fastvit_cpu.so
@@ -132,7 +148,7 @@ cuda: $(STAMP)
 
 # Both libraries, where there is nvcc: who installs it needs none.
 wheel: $(STAMP)
-	rm -rf build
+	rm -rf build/lib*
 	FASTVIT_CUDA=$(WHEEL_CUDA) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # The models of transformers 4, whose classes differ, beside the environment's transformers 5.

@@ -1,5 +1,6 @@
 """What pyproject.toml cannot say: where the packages lie, and compiled parts of which any may be absent."""
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -20,15 +21,20 @@ import libraries
 RENAMED = {"kernels": "fastvit_kernels", "benchmarks": "fastvit_benchmarks"}
 COMPILERS = ("c++", "g++", "clang++")
 REMEDY = "the rest of fastvit works; to have it, put that right and install again"
+# In the build folder: beside the libraries it would go along to another machine with them.
+RECORD = "built.sha256"
 
 
 class BuildOrSayWhy(build_ext):
-    """Leaves each compiled part or, where it cannot be built, a note that fastvit.extension reads."""
+    """Leaves each compiled part or, where it cannot be built, a note that fastvit.extension reads.
+
+    What was built here and is left out now goes: it is stale. What came from elsewhere stays.
+    """
 
     def run(self):
         self.folder = Path(self.get_ext_fullpath("fastvit._C")).parent
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.archs, self.cutlass = (), None
+        self.record = Path(self.get_finalized_command("build").build_base, RECORD)
         # The libraries first: the module says for which architectures they are.
         self.part("_fastvit_cpu", ".so", self.build_cpu)
         if cuda_choice() == "0":
@@ -42,20 +48,37 @@ class BuildOrSayWhy(build_ext):
         try:
             build()
         except (CompileError, LinkError, libraries.Unbuildable) as error:
+            self.leave_out(name, suffix, error, "" if required else REMEDY)
             if required:
-                (self.folder / (name + suffix)).unlink(missing_ok=True)
                 sys.exit(f"FASTVIT_CUDA=1, but fastvit.{name} cannot be built: {error}")
-            self.leave_out(name, suffix, f"{error}; {REMEDY}")
-            print(self.note(name).read_text(), end="", file=sys.stderr)
         else:
             self.note(name).unlink(missing_ok=True)
+            self.remember(self.folder / (name + suffix))
 
-    def leave_out(self, name, suffix, why):
-        (self.folder / (name + suffix)).unlink(missing_ok=True)
-        self.note(name).write_text(f"fastvit.{name} is not built: {why}\n")
+    def leave_out(self, name, suffix, why, remedy=""):
+        library = self.folder / (name + suffix)
+        if library.is_file() and not self.is_ours(library):
+            self.note(name).unlink(missing_ok=True)
+            stays = f"{library.name} was not built here, and stays"
+            print(f"fastvit.{name} is not rebuilt: {why}; {stays}", file=sys.stderr)
+            return
+        library.unlink(missing_ok=True)
+        said = "; ".join(filter(None, (f"fastvit.{name} is not built: {why}", remedy)))
+        self.note(name).write_text(f"{said}\n")
+        if remedy:
+            print(said, file=sys.stderr)
 
     def note(self, name):
         return self.folder / f"{name}.missing"
+
+    def remember(self, library):
+        if not self.is_ours(library):
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            with self.record.open("a") as record:
+                record.write(f"{digest(library)}\n")
+
+    def is_ours(self, library):
+        return self.record.is_file() and digest(library) in self.record.read_text().split()
 
     def build_cpu(self):
         tools = libraries.Tools(choose_compiler(), libraries.torch_folder())
@@ -64,9 +87,7 @@ class BuildOrSayWhy(build_ext):
     def build_cuda(self):
         tools = libraries.Tools(choose_compiler(), libraries.torch_folder(), libraries.find_nvcc())
         archs = libraries.chosen_archs()
-        cutlass = libraries.find_cutlass(archs)
-        self.install(libraries.build_cuda(tools, self.work("cuda"), archs, cutlass))
-        self.archs, self.cutlass = archs, cutlass
+        self.install(libraries.build_cuda(tools, self.work("cuda"), archs, libraries.find_cutlass(archs)))
 
     def work(self, device):
         return (Path(self.build_temp) / device).resolve()
@@ -80,9 +101,9 @@ class BuildOrSayWhy(build_ext):
     def build_module(self):
         choose_compiler()
         (module,) = self.extensions
-        module.define_macros.append(("FASTVIT_CUDA_ARCHS", quoted(" ".join(self.archs))))
-        version = self.cutlass.version if self.cutlass else "none"
-        module.define_macros.append(("FASTVIT_CUTLASS", quoted(version)))
+        archs, cutlass = libraries.built_for(self.folder / "_fastvit_cuda.so")
+        module.define_macros.append(("FASTVIT_CUDA_ARCHS", quoted(" ".join(archs))))
+        module.define_macros.append(("FASTVIT_CUTLASS", quoted(cutlass)))
         self.force = True  # its sources may be older than what it tells of the libraries
         super().run()
 
@@ -134,6 +155,10 @@ def torch_version():
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
         return "none"
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def quoted(text):

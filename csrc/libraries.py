@@ -4,6 +4,7 @@ setup.py uses it. They are on torch's stable ABI from 2.11 on: one library serve
 Python, so torch is a folder of headers and libraries here, and is not imported.
 """
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -33,6 +34,8 @@ ARCHS = ("80", "89", "90a", "100", "120")
 HOPPER = "90a"
 HOPPER_SOURCES = "*_sm90.cu"
 CUTLASS_FLAGS = ("-DNDEBUG", "-DFASTVIT_CUTLASS")
+# In the CUDA library itself: for which architectures it is, and CUTLASS's version.
+BUILT_FOR = "fastvit built for {}; CUTLASS {}"
 NO_CUTLASS = "CUTLASS's headers are absent (pip install --no-deps nvidia-cutlass)"
 
 
@@ -121,6 +124,13 @@ def _present() -> tuple[str, ...]:
     return tuple(arch for arch in ARCHS if arch in found)
 
 
+def built_for(library: Path) -> tuple[tuple[str, ...], str]:
+    """The architectures of a CUDA library and its CUTLASS's version; none where there is no library."""
+    said = library.read_bytes() if library.is_file() else b""
+    found = re.search(BUILT_FOR.format(r"([\w ]+)", r"([\w.]+)").encode(), said)
+    return (tuple(found[1].decode().split()), found[2].decode()) if found else ((), "none")
+
+
 def build_cpu(tools: Tools, work: Path, sanitize: bool = False) -> Path:
     """The CPU library, in the folder ``work``; with AddressSanitizer and UBSan if asked for."""
     levels = LEVELS if platform.machine() in ("x86_64", "AMD64") and not sanitize else {"base": ()}
@@ -145,16 +155,19 @@ def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...], cutlass: Cutlas
         raise Unbuildable("nvcc was found neither on PATH nor in CUDA_HOME/bin")
     if not (tools.torch / "lib" / "libtorch_cuda.so").is_file():
         raise Unbuildable("the torch that is installed has no CUDA")
-    nvidia = tools.torch.parent / "nvidia"
-    header = next(iter(sorted(nvidia.glob("cu*/include/cublasLt.h"))), None)
+    # A torch that was installed alone has them beside the other one.
+    beside = (tools.torch.parent, torch_folder().parent)
+    headers = (path for folder in beside for path in sorted(folder.glob("nvidia/cu*/include/cublasLt.h")))
+    header = next(headers, None)
     if header is None:
         raise Unbuildable("cublasLt.h is not in the nvidia packages beside torch (pip install nvidia-cublas)")
     cublas = next(iter(sorted((header.parent.parent / "lib").glob("libcublasLt.so.*"))), None)
     if cublas is None:
         raise Unbuildable(f"libcublasLt is not beside {header.parent.parent.name}/include/cublasLt.h")
     build = _Ninja(work, tools, (*FLAGS, "-DFASTVIT_BUILD_CUDA"))
+    text = BUILT_FOR.format(" ".join(archs), cutlass.version if cutlass else "none")
     for name in SHARED:
-        build.compile(name)
+        build.compile(name, flags=(f'-DFASTVIT_BUILT_FOR="{text}"',))
     # nvcc knows where the toolkit's headers are; cuBLASLt's come with torch.
     for path in sorted(CSRC.glob("*cublaslt*.cpp")):
         build.compile(path.name, rule="nvcc", flags=("-isystem", str(header.parent)))
@@ -227,13 +240,23 @@ class _Ninja:
 
 
 def main() -> None:
-    """``python csrc/libraries.py FOLDER``: the CPU library with sanitizers, for the tests to load."""
-    (folder,) = map(Path, sys.argv[1:])
+    """``python csrc/libraries.py FOLDER``: the libraries in a folder, for the tests to load.
+
+    The CUDA library where there is nvcc, and without CUTLASS, whose kernels take minutes.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--torch", type=Path, help="the folder of another torch than the installed one")
+    parser.add_argument("--sanitize", action="store_true", help="the CPU library alone, with sanitizers")
+    asked = parser.parse_args()
     cxx = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if cxx is None:
         sys.exit("no C++ compiler was found (looked for c++, g++, clang++)")
     try:
-        print(build_cpu(Tools(cxx, torch_folder()), folder.resolve(), sanitize=True))
+        tools = Tools(cxx, (asked.torch or torch_folder()).resolve(), find_nvcc())
+        print(build_cpu(tools, asked.folder.resolve(), asked.sanitize))
+        if tools.nvcc and not asked.sanitize:
+            print(build_cuda(tools, asked.folder.resolve() / "cuda", chosen_archs(), cutlass=None))
     except Unbuildable as error:
         sys.exit(str(error))
 

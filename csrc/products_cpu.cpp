@@ -14,6 +14,11 @@
 #include "scope.h"
 #include "shares.h"
 
+// It hands on what torch itself said of an error, which in 2.11 no macro does.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace fastvit {
 namespace {
 

@@ -17,6 +17,9 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
 }  // namespace
 
 #if defined(FASTVIT_BUILD_CUDA)
+// For setup.py, which may find a library that was built elsewhere, and cannot run it.
+extern "C" __attribute__((visibility("default"), used)) const char fastvit_built_for[] = FASTVIT_BUILT_FOR;
+
 STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CUDA, library) { register_ops(library); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, library) {

@@ -15,8 +15,14 @@ import pytest
 import fastvit
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import libraries  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+LIBRARIES = (f"_C{EXTENSION_SUFFIXES[0]}", "_fastvit_cpu.so", "_fastvit_cuda.so")
+# As `pip install -e .` and `pip wheel .` have them.
+INPLACE, EDITABLE, WHEEL = ("build_ext", "--inplace"), ("editable_wheel",), ("build",)
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
 
@@ -34,6 +40,7 @@ def test_torch_has_a_floor_and_no_ceiling():
         "torch>=2.11"
     ]
     assert PROJECT["project"]["requires-python"] == ">=3.11"
+    assert "OLD_TORCH := 2.11.0\n" in (ROOT / "Makefile").read_text()
 
 
 def test_everything_asked_for_is_pinned():
@@ -105,12 +112,76 @@ def test_a_compile_error_is_a_line_a_part_and_no_failure(tree):
     assert (tree / "fastvit" / "_C.missing").read_text() == module + "\n"
 
 
-def test_a_failed_build_leaves_no_older_library(tree):
-    for name in (f"_C{EXTENSION_SUFFIXES[0]}", "_fastvit_cpu.so", "_fastvit_cuda.so"):
-        (tree / "fastvit" / name).touch()
-    setup(tree, "build_ext", "--inplace", CXX="absent", FASTVIT_CUDA="0")
-    left = sorted(path.name for path in (tree / "fastvit").iterdir())
-    assert left == ["_C.missing", "__init__.py", "_fastvit_cpu.missing", "_fastvit_cuda.missing"]
+@pytest.fixture
+def built(tree):
+    """What setup.py builds, all of empty sources; it is given its command and returns the libraries."""
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text("")
+    (tree / "csrc" / "bindings.cpp").write_text('extern "C" void PyInit__C() {}')
+
+    def build(*command):
+        code, said = setup(tree, *command, FASTVIT_CUDA="0")
+        assert code == 0, said
+        if "no C++ compiler" in said:
+            pytest.skip("no C++ compiler")
+        folder = next(tree.glob("build/lib*/fastvit"), None) if command == WHEEL else tree / "fastvit"
+        return [folder / name for name in LIBRARIES[:2]]
+
+    return build
+
+
+@pytest.mark.parametrize("command", [INPLACE, EDITABLE, WHEEL])
+def test_a_failed_build_leaves_no_older_library_of_its_own(tree, built, command):
+    module, library = built(*command)
+    other = library.with_name("_fastvit_cuda.so")
+    shutil.copy(library, other)
+    assert setup(tree, *command, CXX="absent", FASTVIT_CUDA="0")[0] == 0
+    for path in (module, library, other):
+        assert not path.exists()
+        assert path.with_name(f"{path.name.partition('.')[0]}.missing").is_file()
+
+
+def test_what_was_built_here_is_known_by_its_content(tree, built):
+    module, library = built(*INPLACE)
+    library.write_bytes(b"another")
+    setup(tree, *INPLACE, CXX="absent", FASTVIT_CUDA="0")
+    assert library.read_bytes() == b"another"
+    assert not module.exists()
+
+
+@pytest.mark.parametrize("command", [INPLACE, EDITABLE])
+def test_a_library_from_elsewhere_stays_and_a_line_says_so(tree, command):
+    for name in LIBRARIES:
+        (tree / "fastvit" / name).write_text(name)
+        (tree / "fastvit" / f"{name.partition('.')[0]}.missing").touch()
+    code, said = setup(tree, *command, CXX="absent", FASTVIT_CUDA="0")
+    assert code == 0
+    assert {path.name for path in (tree / "fastvit").iterdir()} == {"__init__.py", *LIBRARIES}
+    assert all((tree / "fastvit" / name).read_text() == name for name in LIBRARIES)
+    stays = "fastvit.{} is not rebuilt: {}; {} was not built here, and stays"
+    why = "no C++ compiler was found at install time (looked for absent)"
+    assert {line for line in said.splitlines() if line.startswith("fastvit.")} == {
+        stays.format("_fastvit_cpu", why, LIBRARIES[1]),
+        stays.format("_fastvit_cuda", "FASTVIT_CUDA is 0", LIBRARIES[2]),
+        stays.format("_C", why, LIBRARIES[0]),
+    }
+
+
+def test_a_build_takes_the_place_of_a_library_from_elsewhere(tree, built):
+    (tree / "fastvit" / LIBRARIES[1]).write_text("another")
+    _, library = built(*INPLACE)
+    assert library.read_bytes().startswith(b"\x7fELF")
+
+
+def test_build_information_is_of_the_cuda_library_that_stays(tree):
+    text = libraries.BUILT_FOR.format("80 90a", "4.2.0")
+    (tree / "fastvit" / "_fastvit_cuda.so").write_bytes(b"\0" + text.encode() + b"\0")
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.write_text('static_assert(false, "for " FASTVIT_CUDA_ARCHS ", " FASTVIT_CUTLASS);')
+    _, said = setup(tree, *INPLACE, FASTVIT_CUDA="0")
+    if "no C++ compiler" in said:
+        pytest.skip("no C++ compiler")
+    assert "for 80 90a, 4.2.0" in said
 
 
 def test_without_torch_the_libraries_say_so(tree):
@@ -133,8 +204,11 @@ def test_cuda_that_was_asked_for_and_cannot_be_built_fails_hard(tree):
     for source in (tree / "csrc").glob("*.c*"):
         source.write_text("#error out of order\n")
     path = f"{tree / 'empty'}{os.pathsep}{os.environ['PATH']}"
-    code, said = setup(tree, "build_ext", "--inplace", FASTVIT_CUDA="1", PATH=path)
+    carried = tree / "fastvit" / "_fastvit_cuda.so"
+    carried.touch()
+    code, said = setup(tree, *INPLACE, FASTVIT_CUDA="1", PATH=path)
     assert code == 1
+    assert carried.is_file()
     assert said.splitlines()[-1].startswith("FASTVIT_CUDA=1, but fastvit._fastvit_cuda cannot be built: ")
 
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import files
-from ..machine import _commit as commit
+from ..machine import machine
 from . import packed, report, runner, stages
 from .facts import ROOT, Facts
 from .runner import Outcome, Stage
@@ -135,7 +135,7 @@ def has_failed(stage: Stage, outcome: Outcome | None) -> bool:
 
 
 def _keep(outcomes: Mapping[str, Outcome], folder: Path, archive: Path | None) -> None:
-    notes = {"commit": commit(), "date": datetime.date.today().isoformat()}
+    notes = {"commit": machine().commit or "", "date": datetime.date.today().isoformat()}
     files.write_rows(folder / "stages.json", [asdict(outcome) | notes for outcome in outcomes.values()])
     if archive is None:
         return

@@ -4,7 +4,6 @@ An illegal address, say, sticks to the process in which it happened: every later
 """
 
 import faulthandler
-import hashlib
 import os
 import re
 import tempfile
@@ -47,7 +46,6 @@ class Isolation:
         self.traces = None
         if shared := worker.get("isolation"):
             self.traces = open(Path(shared, worker["workerid"]), "w")  # noqa: SIM115
-            config.pluginmanager.register(_Once(Path(shared)))
         elif not worker:
             self.traces = os.dup(2)  # past what captures a test's output
 
@@ -57,8 +55,9 @@ class Isolation:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self):
-        if self.hang and self.traces is not None:
-            faulthandler.dump_traceback_later(self.hang, exit=True, file=self.traces)
+        if not self.hang or self.traces is None:
+            return (yield)
+        faulthandler.dump_traceback_later(self.hang, exit=True, file=self.traces)
         try:
             return (yield)
         finally:
@@ -88,17 +87,7 @@ class Isolation:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config, log):
-        """Groups by op as well: pytest-xdist 3.8 marks no id with its group where pytest is 9.2."""
-        if config.getvalue("dist") != "loadgroup":
-            return None
-        from xdist.scheduler import LoadGroupScheduling
-
-        class ByOp(LoadGroupScheduling):
-            def _split_scope(self, nodeid):
-                smoke = OP.match(nodeid)
-                return smoke[1] if smoke else super()._split_scope(nodeid)
-
-        return ByOp(config, log)
+        return _by_op()(config, log) if config.getvalue("dist") == "loadgroup" else None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node):
@@ -115,16 +104,37 @@ class Isolation:
         report.longrepr = "\n".join([report.longrepr, *telling])
 
 
-class _Once:
-    """A test that ended its process is not run again: xdist hands its group out once more, from the start."""
+def _by_op() -> type:
+    """A scheduler of groups, and of smoke tests by their op, that outlives the workers.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    pytest-xdist 3.8 marks no id with its group where pytest is 9.2, runs what ended a worker again and again,
+    and waits for ever for a worker that waits for the test after its only one.
+    """
+    from xdist.scheduler import LoadGroupScheduling
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item):
-        begun = self.folder / hashlib.sha256(item.nodeid.encode()).hexdigest()
-        if begun.exists():
-            return True
-        begun.touch()
-        return None
+    class ByOp(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            smoke = OP.match(nodeid)
+            return smoke[1] if smoke else super()._split_scope(nodeid)
+
+        def remove_node(self, node):
+            units = self.assigned_work.pop(node)
+            left = [(unit, test) for unit in units.values() for test, done in unit.items() if not done]
+            if not left:
+                return None
+            unit, ended_it = left[0]
+            unit[ended_it] = True
+            self.workqueue.update({scope: unit for scope, unit in units.items() if not all(unit.values())})
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return ended_it
+
+        def _reschedule(self, node):
+            if node not in self.registered_collections:  # it comes when it has collected
+                return
+            super()._reschedule(node)
+            mine = self.assigned_work[node]
+            while self.workqueue and self._pending_of(mine) < 2 and not node.shutting_down:
+                self._assign_work_unit(node)
+
+    return ByOp

@@ -27,6 +27,7 @@ class Outcomes:
     def __init__(self, folder: Path) -> None:
         self.file = open(folder / "tests.jsonl", "a", buffering=1)  # noqa: SIM115
         self.phases: dict[str, list[pytest.TestReport]] = defaultdict(list)
+        self.broken: set[str] = set()
 
     def pytest_runtest_logreport(self, report):
         self.phases[report.nodeid].append(report)
@@ -42,6 +43,13 @@ class Outcomes:
         if facts := dict(fact for phase in phases for fact in phase.user_properties):
             row["facts"] = facts
         self.file.write(json.dumps(row) + "\n")
+
+    def pytest_collectreport(self, report):
+        """A file that cannot be imported: every process says so, and one is heard."""
+        if report.failed and report.nodeid not in self.broken:
+            self.broken.add(report.nodeid)
+            row = {"test": name_of(report.nodeid), "outcome": "failed", "seconds": 0.0}
+            self.file.write(json.dumps(row | {"why": report.longreprtext[-WORDS:]}) + "\n")
 
 
 def keep_verdicts(folder: Path) -> None:
