@@ -27,8 +27,8 @@ from .rows import OURS, WRONG
 class Bench(ABC):
     """A call in one direction or several; the first provider is the baseline, if it is not ours.
 
-    What is found is by provider: checks, memory, why it has no time; and by direction and provider: times,
-    and of those that are right the speed as a multiple of the baseline's.
+    What is found is by provider: checks, memory, why it is absent; and by direction and provider: times, why
+    it was not timed, and of those that are right the speed as a multiple of the baseline's.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Bench(ABC):
         self.peaks: dict[str, float | None] = {}
         self.absent: dict[str, str] = {}
         self.timings: dict[str, dict[str, Timing]] = defaultdict(dict)
+        self.untimed: dict[str, dict[str, str]] = defaultdict(dict)
         self.speeds: dict[str, dict[str, float]] = defaultdict(dict)
         self.rows: list[Row] = []
         self.baseline: str | None = None
@@ -80,7 +81,7 @@ class Bench(ABC):
                 self.calls.pop(name, None)
 
     def right(self, name: str) -> bool:
-        return name in self.checks and self._reason(name) is None
+        return name in self.checks and all(check.ok for check in self.checks[name])
 
     def _attempt(self, what: str, names: Iterable[str], work: Callable[[], object]) -> None:
         """Do this unless a process died of it; what it is to give to these providers they may then lack."""
@@ -117,6 +118,8 @@ class Bench(ABC):
                 self._note(names, direction, stop.timings)
                 self._keep(names)
                 raise
+            except Exception as error:  # of memory, say, that another direction does not need
+                self.untimed[direction] |= {name: in_words(error) for name in names if name in calls}
 
     def _note(self, names: list[str], direction: str, found: dict[str, Timing]) -> None:
         """Times of these; the baseline has its own already when others are timed with it."""
@@ -130,16 +133,19 @@ class Bench(ABC):
         made = []
         for direction in self.directions:
             for name in names:
-                timing, reason = self.timings[direction].get(name), self._reason(name)
+                timing, reason = self.timings[direction].get(name), self._reason(name, direction)
                 if timing or reason:
                     facts = {"provider": name, "direction": direction, "peak_mb": self.peaks.get(name)}
-                    made.append(self.row(timing, **facts, ok=not reason, reason=reason))
+                    facts |= {"ok": not reason, "reason": reason, "speed": self.speeds[direction].get(name)}
+                    made.append(self.row(timing, **facts))
         self.rows += made
         self.outputs.keep(made)
 
-    def _reason(self, name: str) -> str | None:
+    def _reason(self, name: str, direction: str) -> str | None:
+        if reason := self.absent.get(name) or self.untimed[direction].get(name):
+            return reason
         failed = next((check for check in self.checks.get(name, []) if not check.ok), None)
-        return self.absent.get(name) or (failed and f"{WRONG}: {failed}")
+        return failed and f"{WRONG}: {failed}"
 
 
 def in_words(error: BaseException) -> str:

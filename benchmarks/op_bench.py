@@ -200,7 +200,8 @@ def run_case(
     bench = OpBench(case, providers, device, here, {"rounds": rounds, "min_seconds": seconds}, outputs)
     with products_in(case.dtype), at_its_best():
         bench.run(providers)
-    return Outcome(case, bench.rows, bench.checks, bench.speeds[case.direction], bench.absent)
+    absent = bench.absent | bench.untimed[case.direction]
+    return Outcome(case, bench.rows, bench.checks, bench.speeds[case.direction], absent)
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:

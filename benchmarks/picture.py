@@ -57,10 +57,10 @@ def _draw_bars(axis: Axes, op: str, groups: list[list[Row]]) -> None:
         axis.text(0, at, title, fontsize=8, weight="bold", va="center")
         at += 1
         for row in rows:
-            speed = base.ms_p50 / row.ms_p50
+            speed = row.speed_over(base)
             colour = "0.72" if row is base else "tab:green" if row.provider.startswith(OURS) else "tab:blue"
             axis.barh(at, speed, height=0.8, color=colour)
-            low, high = (base.ms_p50 / ms for ms in (row.ms_p80, row.ms_p20))
+            low, high = (speed * row.ms_p50 / ms for ms in (row.ms_p80, row.ms_p20))
             axis.plot([low, high], [at, at], color="0.2", linewidth=1)
             roof = "" if row.roofline_pct is None else f"  {row.roofline_pct:.0f}% of the roofline"
             axis.text(max(speed, high), at, f"  {speed:.2f}x{roof}", fontsize=8, va="center")

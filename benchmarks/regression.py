@@ -43,6 +43,8 @@ def changes(now: list[Row], then: list[Row]) -> list[Change]:
             continue
         time, first, first_then = row.ms_p50 / old.ms_p50, firsts.get(old.call), firsts_then.get(old.call)
         multiple = time * first_then / first if first and first_then else None
+        if row.speed and old.speed:
+            multiple = old.speed / row.speed
         made.append(Change(row, old, time, multiple))
     return made
 

@@ -21,7 +21,7 @@ HEAD = """# Benchmarks
 Every number here is a row that `fastvit bench` kept; `make report` writes this page from them. Each
 provider was judged by the parity contract before it was timed, and a wrong one has no time. Providers ran
 interleaved in one process: times are medians with their 20th and 80th percentiles, *speed* is the first
-provider's median over this one's, *roofline* the share of what a large copy or product reached in the same
+provider's time over this one's, *roofline* the share of what a large copy or product reached in the same
 run, *error* the distance from float64 as a multiple of torch's own.
 """
 DIRECTIONS = {"fwd": "forward", "bwd": "backward", "step": "training step"}
@@ -84,13 +84,13 @@ def _table(calls: Iterable[list[Row]]) -> Iterator[str]:
     yield "| what | provider | ms | p20 to p80 | speed | per second | roofline | MB | error |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for rows in calls:
-        timed = [row.ms_p50 for row in rows if row.ok and row.ms_p50 is not None]
+        timed = [row for row in rows if row.ok and row.ms_p50 is not None]
         for row in rows:
             yield "| " + " | ".join(_cells(row, timed[0] if timed else None, row is rows[0])) + " |"
     yield ""
 
 
-def _cells(row: Row, first: float | None, named: bool) -> list[str]:
+def _cells(row: Row, first: Row | None, named: bool) -> list[str]:
     shape = "x".join(map(str, row.shape))
     what = f"{row.op} {DIRECTIONS[row.direction]}, {row.dtype}, {shape}, batch {row.batch}"
     cells = [what if named else "", row.provider]
@@ -101,7 +101,7 @@ def _cells(row: Row, first: float | None, named: bool) -> list[str]:
     rate = images if is_model(row) else "" if row.tflops is None else f"{_number(row.tflops)} TFLOP"
     roof = "" if row.roofline_pct is None else f"{row.roofline_pct:.0f} %"
     spread = f"{_number(row.ms_p20)} to {_number(row.ms_p80)}"
-    speed = f"{first / row.ms_p50:.2f}x"
+    speed = f"{row.speed_over(first):.2f}x"
     memory = "" if row.peak_mb is None else f"{row.peak_mb:.0f}"
     return [*cells, _number(row.ms_p50), spread, speed, rate, roof, memory, _number(row.error_ratio)]
 

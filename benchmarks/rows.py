@@ -19,7 +19,8 @@ WRONG = "wrong"  # how the reason of a row begins that the contract refused
 class Row:
     """One provider's number with all it needs to be believed; what was not measured is None.
 
-    ``reason`` says why a row is not ``ok``. One of ours that is wrong has no time, others keep theirs. Rows
+    ``reason`` says why a row is not ``ok``. One of ours that is wrong has no time, others keep theirs.
+    ``speed`` is over the first provider in the same rounds, of which there may be others than its row's. Rows
     of the op "copy" and "matmul" are the machine's own roofline in the same run.
     """
 
@@ -47,6 +48,11 @@ class Row:
     cpu: str | None = None
     threads: int | None = None
     reason: str | None = None
+    speed: float | None = None
+
+    def speed_over(self, first: "Row") -> float:
+        """How many times as fast as the call's first provider; older rows say it by their times alone."""
+        return self.speed or first.ms_p50 / self.ms_p50
 
     @property
     def verdict(self) -> str:
@@ -86,6 +92,7 @@ class Row:
         peak_mb: float | None = None,
         error_ratio: float | None = None,
         reason: str | None = None,
+        speed: float | None = None,
     ) -> Self:
         """A row from a timing, or without one.
 
@@ -123,6 +130,7 @@ class Row:
             cpu=None if machine.gpu else machine.cpu,
             threads=None if machine.gpu else machine.threads,
             reason=reason,
+            speed=speed,
         )
 
 

@@ -81,6 +81,13 @@ def test_a_wrong_time_is_nobodys_measure(tmp_path):
     assert finish(now, then, 0.05, tmp_path / "before.json")[0] == 1
 
 
+@pytest.mark.parametrize(("speed", "status"), [(2.0, 0), (1.7, 1)])
+def test_ours_is_held_against_the_first_of_its_own_rounds(speed, status, tmp_path):
+    """Whose row is of other rounds, when the machine was faster."""
+    then, now = [EAGER, row(speed=2.0)], [row("timm eager", 18.0), row(ms=12.0, speed=speed)]
+    assert finish(now, then, 0.05, tmp_path / "before.json")[0] == status
+
+
 def test_others_may_become_slower(tmp_path):
     assert finish([row("timm eager", 40.0)], [EAGER], 0.05, tmp_path / "before.json")[0] == 0
 

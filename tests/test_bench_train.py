@@ -72,6 +72,18 @@ def test_training():
         assert found["timm eager"].tflops > 0
 
 
+def test_what_one_direction_has_no_memory_for_the_others_keep(monkeypatch):
+    class Exhausted(torch.optim.AdamW):
+        def step(self, closure=None):
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.optim, "AdamW", Exhausted)
+    makers = {"timm eager": lambda own: own, "fastvit": fastvit.accelerate}
+    rows, _ = run(Subject("test_vit", 2, "float32", CPU), makers)
+    found = {row.direction: (row.ok, row.reason) for row in rows if row.provider == "fastvit"}
+    assert found == {"fwd": (True, None), "bwd": (True, None), "step": (False, "not enough memory")}
+
+
 def test_gradients_of_slices_are_those_of_the_batch(monkeypatch):
     monkeypatch.setattr(bench_train, "SLICE", 3)
     subject = Subject("test_vit", 7, "float32", CPU)

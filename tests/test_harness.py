@@ -170,6 +170,6 @@ def test_rows_of_before_there_were_reasons_are_read(tmp_path):
 
 def test_a_file_of_other_fields_is_an_error(tmp_path):
     path = tmp_path / "old.json"
-    path.write_text('[{"op": "attention", "speed": 1}]')
-    with pytest.raises(ValueError, match="fields that rows do not: speed"):
+    path.write_text('[{"op": "attention", "pace": 1}]')
+    with pytest.raises(ValueError, match="fields that rows do not: pace"):
         load(path)
