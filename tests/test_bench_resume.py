@@ -66,7 +66,9 @@ def ops(monkeypatch):
 
 def died(path):
     """Of an earlier process; its rows."""
-    done = subprocess.run([sys.executable, "-c", DIES, path, Path(__file__).parent], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, path, Path(__file__).parent], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 9, done.stderr
     return [(row.direction, row.provider) for row in load(path)]
 

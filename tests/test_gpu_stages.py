@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastvit import cli
 from fastvit_benchmarks.gpu import __main__ as gpu
-from fastvit_benchmarks.gpu import runner, sanitized, stages
+from fastvit_benchmarks.gpu import findings, runner, sanitized, stages
 from fastvit_benchmarks.tables import measure_gpu
 from fastvit_benchmarks.tiles import tune_tiles
 
@@ -46,7 +46,7 @@ def test_every_program_takes_what_it_is_given():
         app = typer.Typer()
         app.command()(module.main)
         commands[module.__name__] = typer.main.get_command(app)
-    files, read = runner.Files(gpu.ROOT, "it"), 0
+    files, read = findings.Files(gpu.ROOT, "it"), 0
     for stage in stages.STAGES:
         for one in stage.commands(FACTS):
             flag, module, *words = (*one.argv[1:], *(one.again or ()))

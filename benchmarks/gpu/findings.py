@@ -5,14 +5,38 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..rows import ROOFS, Row, load
 
-if TYPE_CHECKING:
-    from .runner import Files
-
 _SANITIZED = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.+)")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a program leaves in the folder of results: its rows, what it tried, and its log."""
+
+    folder: Path
+    name: str
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def tried(self) -> Path:
+        return self.rows.with_suffix(".tried")
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs" / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.logs / "log"
+
+    def begun(self) -> int:
+        """How many calls it has noted that it was about to try."""
+        return self.tried.read_text().count('"begun"') if self.tried.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -23,13 +47,13 @@ class Finding:
     fault: str = ""
 
 
-def last_line(files: "Files") -> Finding:
+def last_line(files: Files) -> Finding:
     """What a program says last."""
     lines = [line.strip() for line in _text(files.log).splitlines() if line.strip()]
     return Finding(lines[-1][:200] if lines else "")
 
 
-def tests(files: "Files") -> Finding:
+def tests(files: Files) -> Finding:
     """How many tests ended how. A skipped one has shown nothing, so one is a failure."""
     counts = Counter(row["outcome"] for row in last(lines(files.logs / "tests.jsonl"), "test"))
     text = ", ".join(f"{number} {what}" for what, number in counts.most_common())
@@ -38,7 +62,7 @@ def tests(files: "Files") -> Finding:
     return Finding(text, "" if counts["passed"] else "no test passed")
 
 
-def sanitized(files: "Files") -> Finding:
+def sanitized(files: Files) -> Finding:
     """compute-sanitizer's own summary, and that the calls under it came to their end."""
     log = _text(files.log)
     summary = _SANITIZED.findall(log)
@@ -47,7 +71,7 @@ def sanitized(files: "Files") -> Finding:
     return Finding(summary[-1])
 
 
-def kept_rows(files: "Files") -> Finding:
+def kept_rows(files: Files) -> Finding:
     """How many rows there are, and those without a time, or wrong, among them."""
     found = measured(files.rows)
     if not found:

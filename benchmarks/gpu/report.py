@@ -84,12 +84,11 @@ def times(folder: Path) -> Iterator[str]:
         for row in findings.measured(path):
             calls[row.call].append(row)
         for (op, direction, dtype, shape, batch), rows in calls.items():
-            first = rows[0].ms_p50
             said = []
             for row in rows:
-                speed = f" {first / row.ms_p50:.2f}x" if first and row.ms_p50 and row is not rows[0] else ""
+                speed = f" {row.speed:.2f}x" if row.speed and row is not rows[0] else ""
                 time = f"{row.ms_p50:.4g}" if row.ms_p50 else "-"
-                mark = "" if row.ok else f" ({(row.reason or 'wrong')[:40]})"
+                mark = "" if row.ok else f" ({(row.reason or row.verdict)[:40]})"
                 said.append(f"{row.provider} {time}{speed}{mark}")
             sizes = "x".join(map(str, shape))
             yield f"{path.stem}: {op} {direction} {dtype} {sizes} batch {batch}: {', '.join(said)}"[:300]

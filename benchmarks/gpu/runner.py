@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .facts import ROOT, Facts
-from .findings import Finding, last_line
+from .findings import Files, Finding, last_line
 
 GRACE = 5  # seconds in which a program that was told to end may write what it has
 AGAIN = 8.0  # seconds that a start is worth
@@ -39,37 +39,9 @@ class Command:
 
     name: str
     argv: tuple[str, ...]
-    read: Callable[["Files"], Finding] = last_line
+    read: Callable[[Files], Finding] = last_line
     env: Mapping[str, str] = field(default_factory=dict)
     again: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Files:
-    """What a program leaves in the folder of results: its rows, what it tried, and its log."""
-
-    folder: Path
-    name: str
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    @property
-    def tried(self) -> Path:
-        return self.rows.with_suffix(".tried")
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs" / self.name
-
-    @property
-    def log(self) -> Path:
-        return self.logs / "log"
-
-    def begun(self) -> int:
-        """How many calls it has noted that it was about to try."""
-        return self.tried.read_text().count('"begun"') if self.tried.exists() else 0
 
 
 @dataclass(frozen=True)
