@@ -46,7 +46,7 @@ def machine() -> Machine:
         driver=_driver() if has_gpu else None,
         torch=torch.__version__,
         triton=_version("triton"),
-        commit=_commit(),
+        commit=commit(),
         date=datetime.date.today().isoformat(),
     )
 
@@ -83,7 +83,7 @@ def _driver() -> str | None:
 
 
 @functools.cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of this package's own checkout: installed inside another project, that one's commit says nothing.
 
     Sources that travel without their history are told theirs by FASTVIT_COMMIT.

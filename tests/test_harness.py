@@ -105,13 +105,13 @@ def test_machine_tells_what_is_here():
 def test_a_checkout_that_is_not_ours_is_not_reported(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
     monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
-    assert machine_module._commit.__wrapped__() is None
+    assert machine_module.commit.__wrapped__() is None
 
 
 def test_sources_without_a_history_are_told_their_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_module, "_ROOT", tmp_path)
     monkeypatch.setenv("FASTVIT_COMMIT", "abc1234")
-    assert machine_module._commit.__wrapped__() == "abc1234"
+    assert machine_module.commit.__wrapped__() == "abc1234"
 
 
 def test_sources_are_what_is_run_and_not_the_tables(tmp_path):

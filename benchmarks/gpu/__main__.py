@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import files
-from ..machine import machine
+from ..machine import commit
 from . import packed, report, runner, stages
 from .facts import ROOT, Facts
+from .findings import Files
 from .runner import Outcome, Stage
 
 INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
@@ -82,10 +83,11 @@ def run(
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as scratch:
         first = runner.run(
-            wanted[0], Facts.NONE, min(wanted[0].seconds, end - clock()), Path(scratch), env, console
+            wanted[0], None, min(wanted[0].seconds, end - clock()), Path(scratch), env, console
         )
         if first.status != "ok":
-            sys.exit(first.found or f"gpu: {first.reason}")
+            said = Files(Path(scratch), "facts").log.read_text(encoding="utf-8").strip()
+            sys.exit(said or f"gpu: {first.reason}")
         facts = Facts.load(Path(scratch, "facts.json"))
         folder = (results / facts.slug).absolute()
         shutil.copytree(scratch, folder, dirs_exist_ok=True)
@@ -135,7 +137,7 @@ def has_failed(stage: Stage, outcome: Outcome | None) -> bool:
 
 
 def _keep(outcomes: Mapping[str, Outcome], folder: Path, archive: Path | None) -> None:
-    notes = {"commit": machine().commit or "", "date": datetime.date.today().isoformat()}
+    notes = {"commit": commit() or "", "date": datetime.date.today().isoformat()}
     files.write_rows(folder / "stages.json", [asdict(outcome) | notes for outcome in outcomes.values()])
     if archive is None:
         return

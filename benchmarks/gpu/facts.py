@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OLDEST = (8, 0)
@@ -43,7 +43,6 @@ class Facts:
     packages: tuple[str, ...]
     versions: dict[str, str]
     cache: str = ""
-    NONE: ClassVar["Facts"]  # before the first look
 
     @property
     def slug(self) -> str:
@@ -74,9 +73,6 @@ class Facts:
         if self.cache == "MISS":
             said.append("kernels that were packed are not those that are looked up here: they compile anew")
         return said
-
-
-Facts.NONE = Facts("", (0, 0), 0, 0.0, 0.0, "", "", (), {})
 
 
 def slug(name: str) -> str:
