@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 NAME = "NVIDIA H100 80GB FAKE"
 PLANTED = dict(part.split("=") for part in os.environ.get("FAKE_GPU_PLANT", "").split(",") if part)
+SLOWER = float(os.environ.get("FAKE_GPU_SLOWER", "1"))  # by so much stages have more seconds
 PATIENCE = float(os.environ.get("FAKE_GPU_PATIENCE", "60"))  # seconds that a benchmark waits for a call
 MEMORY = 80e9
 _lost = []
@@ -37,6 +38,7 @@ CHANGED = {
     "fastvit_benchmarks.bench_ops": "small_cases",
     "fastvit_benchmarks.attempts": "impatient",
     "fastvit_benchmarks.harness": "few_rounds",
+    "fastvit_benchmarks.gpu.stages": "long_stages",
     "fastvit_benchmarks.roofline": "small_limits",
     "fastvit_benchmarks.tables.gpu_questions": "few_questions",
 }
@@ -130,6 +132,7 @@ def cuda(torch):
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.accelerator.is_available = lambda: False
     torch.cuda.synchronize, torch.cuda.Event = synchronize, Event
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.version.cuda = "13.0"
@@ -174,7 +177,8 @@ def small_cases(bench_ops):
     cases = bench_ops.cases
 
     def of_few(*args):
-        return [(dataclasses.replace(case, batch=min(2, case.batch)), given) for case, given in cases(*args)]
+        chosen = [(case, given) for case, given in cases(*args) if case.direction != "step"]
+        return [(dataclasses.replace(case, batch=min(2, case.batch)), given) for case, given in chosen]
 
     bench_ops.cases = of_few
 
@@ -194,6 +198,11 @@ def impatient(attempts):
 
 def small_limits(roofline):
     roofline.COPIED["cuda"], roofline.PRODUCT["cuda"] = 1 << 20, (64, 64, 64)
+
+
+def long_stages(stages):
+    of_cpu = (dataclasses.replace(stage, seconds=SLOWER * stage.seconds) for stage in stages.STAGES)
+    stages.STAGES = tuple(of_cpu)
 
 
 def few_questions(gpu_questions):
