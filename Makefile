@@ -70,20 +70,21 @@ rehearsal: $(STAMP)
 # What a machine with a GPU needs that can neither build nor fetch, made where there is none, beside its torch:
 # make gpu-pack PYTHON=PATH, a Python like its own. See benchmarks/gpu/packed.py.
 PACK := build/gpu-pack
+PACK_WORK := build/gpu-work
 PACK_ARCHS ?= 90a
 .PHONY: gpu-pack
 gpu-pack:
 	@$(PYTHON) -c 'import torch, triton, timm, pytest, typer, rich, ninja, pybind11, cutlass_library' || { \
 		echo "make gpu-pack PYTHON=PATH needs a Python with what the GPU's has, and nvidia-cutlass" >&2; exit 1; }
-	@rm -rf $(PACK)/lib $(PACK)/path && mkdir -p $(PACK)/path
+	@rm -rf $(PACK) $(PACK_WORK)/triton && mkdir -p $(PACK)/lib $(PACK)/path
 	ln -s ../../../kernels $(PACK)/path/fastvit_kernels
 	ln -s ../../../benchmarks $(PACK)/path/fastvit_benchmarks
 	git describe --always --dirty --exclude='*' > $(PACK)/commit
-	FASTVIT_CUDA=1 FASTVIT_CUDA_ARCHS=$(PACK_ARCHS) $(PYTHON) setup.py -q build_ext --build-lib $(PACK)/built \
-		--build-temp $(PACK)/temp
-	mkdir $(PACK)/lib && cp $(PACK)/built/fastvit/*.so $(PACK)/lib
-	PYTHONPATH=$(CURDIR):$(PACK)/path $(PYTHON) tests/pack_launches.py $(PACK)
-	@du -sh $(PACK)/lib $(PACK)/triton.tgz
+	FASTVIT_CUDA=1 FASTVIT_CUDA_ARCHS=$(PACK_ARCHS) $(PYTHON) setup.py -q build_ext --build-lib $(PACK_WORK)/built \
+		--build-temp $(PACK_WORK)/temp
+	cp $(PACK_WORK)/built/fastvit/*.so $(PACK)/lib
+	PYTHONPATH=$(CURDIR):$(PACK)/path $(PYTHON) tests/pack_launches.py $(PACK) $(PACK_WORK)
+	@du -sh $(PACK)
 
 # BENCH="attention --quick", say; `fastvit bench ops --help` lists the rest.
 BENCH ?=

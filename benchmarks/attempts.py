@@ -18,7 +18,7 @@ import torch
 
 from .rows import OURS
 
-SECONDS, COMPILING = 60, 300
+SECONDS, COMPILING = 30, 300
 LOST = 70  # the exit status of a process whose CUDA context is lost
 DIED, HUNG, NO_CONTEXT = (
     "its process died",

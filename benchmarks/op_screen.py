@@ -15,6 +15,9 @@ from .op_bench import Case, Outcome, Provider, run_case
 from .outputs import Outputs
 from .rows import OURS
 
+# On a GPU all cases by some, then by others: a kernel of ours that hangs may cost what comes after it, and
+# compiling takes longest.
+TURNS = ("others", "ours", "compiled")
 Cases = Callable[[torch.device, bool, tuple[str, ...]], Iterable[Case]]
 # The providers of a case, and those that are left out on this device, with the reason.
 Providers = Callable[[Case, torch.device], tuple[dict[str, Provider], dict[str, str]]]
@@ -45,8 +48,8 @@ def run(
             outputs.keep(roofs)
             console.print(limits(roofs))
             found: dict[int, Outcome] = {}
-            for ours in (False, True) if device.type == "cuda" else (True,):
-                # A kernel that hangs may cost all that comes after it: that is then ours.
+            turns = TURNS if device.type == "cuda" else ("all",)
+            for turn in turns:
                 progress.reset(task)
                 for place, (case, providers) in enumerate(cases):
                     progress.update(task, description=escape(case.title))
@@ -54,18 +57,23 @@ def run(
                     for name in left_out.keys() - said:
                         console.print(f"{name}: left out: {escape(left_out[name])}", style="dim")
                     said |= left_out.keys()
-                    offered = {name: p for name, p in offered.items() if ours or not name.startswith(OURS)}
+                    first = next(iter(offered), None)
+                    offered = {n: p for n, p in offered.items() if n == first or turn in ("all", _turn(n))}
                     how = {"rounds": rounds, "seconds": seconds, "outputs": outputs}
                     if wanted := {name: offered[name] for name in outputs.lacking([case.call], offered)}:
                         outcome = run_case(case, wanted, device, here, **how)
                         found[place] = found[place].with_more(outcome) if place in found else outcome
-                    if ours and place in found:
+                    if turn == turns[-1] and place in found:
                         console.print(table(found.pop(place)))
                     progress.advance(task)
         except KeyboardInterrupt:
             progress.stop()
             return outputs.finish(console, stopped=True)
     return outputs.finish(console)
+
+
+def _turn(provider: str) -> str:
+    return "ours" if provider.startswith(OURS) else "compiled" if "compiled" in provider else "others"
 
 
 def limits(roofs: list[Row]) -> str:

@@ -1,6 +1,6 @@
 """`make gpu-pack`: a Triton cache with every launch that GPU tests and benchmarks make, from no GPU.
 
-    python tests/pack_launches.py FOLDER    # with the Triton whose cache it is to be, FOLDER/triton.tgz
+    python tests/pack_launches.py FOLDER WORK    # FOLDER/triton.tgz of the cache in WORK, by its own Triton
 
 Tests and benchmarks run with a GPU that is made up (fake_gpu); each launch is specialised as Triton's own
 binder does where it runs, and compiled for sm_90. Keys hold sources, options, Triton's own files and ptxas's
@@ -160,12 +160,13 @@ def launchers() -> int:
 
 
 def main() -> None:
-    (folder,) = map(Path, sys.argv[1:])
+    folder, work = map(Path, sys.argv[1:])
     from fastvit_benchmarks.gpu.facts import triton_key
     from fastvit_benchmarks.gpu.runner import environment
+    from fastvit_benchmarks.machine import sources
 
     os.environ |= environment()
-    os.environ["TRITON_CACHE_DIR"] = str((folder / "triton").absolute())
+    os.environ["TRITON_CACHE_DIR"] = str((work / "triton").absolute())
     from fastvit_kernels import launch
 
     launch.Launch.__call__ = record
@@ -176,9 +177,11 @@ def main() -> None:
         faults = [fault for fault in jobs if fault]
     print(*faults, f"{len(FOUND)} kernels, {len(faults)} do not compile, {launchers()} launchers", sep="\n")
     (folder / "triton_key").write_text(triton_key() + "\n")
+    (folder / "sources").write_text(sources() + "\n")
     with tarfile.open(folder / "triton.tgz", "w:gz") as tar:
         keep = lambda info: None if info.name.endswith((".ttgir", ".llir", ".source", ".ttir")) else info  # noqa: E731
-        tar.add(folder / "triton", ".", filter=keep)
+        tar.add(work / "triton", ".", filter=keep)
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

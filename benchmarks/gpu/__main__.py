@@ -6,7 +6,7 @@
 
 A machine that has neither a network nor an installation of fastvit takes what `make gpu-pack` made elsewhere:
 
-    PYTHONPATH=PACK/path python -m fastvit_benchmarks.gpu --packed PACK --results OUT --archive OUT/day.tgz
+    PYTHONPATH=PACK/path:. python -m fastvit_benchmarks.gpu --packed PACK --results OUT --archive day.tgz
 
 Results go to benchmarks/results/<gpu>/: a file of rows a benchmark, stages.json with what became of each
 stage, report.txt, and logs. Whatever ends the run, the archive has all stages before. The exit status is 1 if
@@ -94,7 +94,7 @@ def run(
     console.print(escape(first.found))
     for note in facts.notes():
         console.print(f"[yellow]{escape(note)}")
-    outcomes[first.stage], status = first, 0
+    outcomes[first.stage], status, before = first, 0, _compiled(env)
     try:
         for stage, seconds in _timed(wanted[1:], end, clock):
             outcomes[stage.name] = Outcome(stage.name, "interrupted", reason="Ctrl-C")
@@ -106,9 +106,15 @@ def run(
         status = INTERRUPTED
     with (folder / "report.txt").open("w", encoding="utf-8") as file:
         for target in (console, Console(file=file, width=160)):
+            target.print(f"{_compiled(env) - before} entries of Triton's cache were made here")
             target.print(report.page(wanted, outcomes, folder), soft_wrap=True, highlight=False)
     _keep(outcomes, folder, archive)
     return status or int(any(has_failed(stage, outcomes.get(stage.name)) for stage in wanted))
+
+
+def _compiled(env: Mapping[str, str]) -> int:
+    """Of kernels and of what launches them."""
+    return sum(1 for _ in Path(env.get("TRITON_CACHE_DIR", "")).glob("*/"))
 
 
 def _timed(wanted: Sequence[Stage], end: float, clock: Callable[[], float]):

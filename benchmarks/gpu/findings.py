@@ -36,7 +36,12 @@ class Files:
 
     def begun(self) -> int:
         """How many calls it has noted that it was about to try."""
-        return self.tried.read_text().count('"begun"') if self.tried.exists() else 0
+        return sum("begun" in note for note in lines(self.tried))
+
+    def under_way(self) -> str:
+        """What it was at last about to try, if that did not end."""
+        notes = [note for note in lines(self.tried) if note.keys() & {"begun", "ended", "lost"}]
+        return notes[-1].get("begun", "") if notes else ""
 
 
 @dataclass(frozen=True)

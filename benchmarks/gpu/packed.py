@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+from ..machine import sources
 from .facts import ROOT
 
 GROUP = "__grp__"  # how Triton's files begin that list a kernel's others, by their absolute paths
@@ -39,9 +40,13 @@ def unpack(pack: Path, cache: Path) -> dict[str, str]:
         names = json.loads(group.read_text())["child_paths"]
         here = {name: str(group.parent / Path(path).name) for name, path in names.items()}
         group.write_text(json.dumps({"child_paths": here}))
+    commit = (pack / "commit").read_text().strip()
+    if (pack / "sources").read_text().strip() != sources():
+        commit += "-changed"
+        print(f"gpu: {pack} was made from other sources: libraries are of these, and kernels compile anew")
     found = [str((pack / "path").absolute()), os.environ.get("PYTHONPATH", "")]
     return {
-        "FASTVIT_COMMIT": (pack / "commit").read_text().strip(),
+        "FASTVIT_COMMIT": commit,
         "FASTVIT_PACKED_KEY": (pack / "triton_key").read_text().strip(),
         "PYTHONPATH": os.pathsep.join(filter(None, found)),
     }

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..rows import OURS
 from . import findings
 from .runner import Outcome, Stage
 
@@ -18,14 +19,15 @@ CAUSES = 30  # as many as a page has room for
 
 def page(wanted: Sequence[Stage], outcomes: Mapping[str, Outcome], folder: Path) -> Group:
     """All of it, from what the stages left in the folder of results."""
-    parts = [summary(wanted, outcomes)]
+    parts = []
     for title, found in (
-        ("Failures by cause", failures(folder)),
-        ("Largest error over torch's own", errors(folder)),
         ("Milliseconds, and speed beside the first", times(folder)),
+        ("Largest error over torch's own", errors(folder)),
+        ("Failures by cause", failures(folder)),
     ):
         if text := list(found):
             parts += [Text(f"\n{title}", "bold"), *(Text(f"  {line}") for line in text)]
+    parts.append(summary(wanted, outcomes))  # last, which is where the eye is
     return Group(*parts)
 
 
@@ -78,14 +80,16 @@ def times(folder: Path) -> Iterator[str]:
         if (facts := row.get("facts")) and facts.get("ms"):
             speed = facts["torch_ms"] / facts["ms"]
             name = row["test"].partition("[")[2].rstrip("]")
-            yield f"smoke: {name}: torch {facts['torch_ms']:.4g}, ours {facts['ms']:.4g} {speed:.2f}x"
+            said = f"torch {facts['torch_ms']:.4g}, ours {facts['ms']:.4g} {speed:.2f}x"
+            yield f"smoke, beside other processes: {name}: {said}"
     for path in sorted(folder.glob("*.json")):
         calls = defaultdict(list)
         for row in findings.measured(path):
             calls[row.call].append(row)
         for (op, direction, dtype, shape, batch), rows in calls.items():
             said = []
-            for row in rows:
+            # Ours right behind the first: a line has its end.
+            for row in sorted(rows, key=lambda row: row is not rows[0] and not row.provider.startswith(OURS)):
                 speed = f" {row.speed:.2f}x" if row.speed and row is not rows[0] else ""
                 time = f"{row.ms_p50:.4g}" if row.ms_p50 else "-"
                 mark = "" if row.ok else f" ({(row.reason or row.verdict)[:40]})"

@@ -127,7 +127,8 @@ def _run(
     finding = command.read(files)
     said = f"died {deaths} times of what it tried" if deaths else ""
     if over:
-        return "timed out", finding.text, f"ended at its limit of {seconds:.0f} s"
+        within = f", within {name}" if (name := files.under_way()) else ""
+        return "timed out", finding.text, f"ended at its limit of {seconds:.0f} s{within}"
     if status or finding.fault or deaths:
         return "failed", finding.text, "; ".join(filter(None, (finding.fault, _why(status), said)))
     return "ok", finding.text, ""

@@ -84,6 +84,7 @@ class LeftOut:
         return next(filter(None, reasons), None)
 
     def pytest_collection_modifyitems(self, config, items):
+        self.interleave(items)
         reasons = {item: self.unmet(item) for item in items}
         left_out = [item for item, reason in reasons.items() if reason]
         if not left_out:
@@ -91,6 +92,15 @@ class LeftOut:
         items[:] = [item for item in items if not reasons[item]]
         config.hook.pytest_deselected(items=left_out)
         self.tests.update(f"{item.nodeid.partition('[')[0]}: {reasons[item]}" for item in left_out)
+
+    def interleave(self, items):
+        """Some of every file first: a run that is cut off has then looked at all of them."""
+        sizes, places = Counter(item.path for item in items), Counter()
+        shares = {}
+        for item in items:
+            shares[item] = places[item.path] / sizes[item.path]
+            places[item.path] += 1
+        items.sort(key=shares.get)
 
     def pytest_sessionfinish(self, session):
         if hasattr(session.config, "workeroutput"):
