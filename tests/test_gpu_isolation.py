@@ -1,11 +1,13 @@
 """tests/gpu on made-up machines: a bad test fails alone, all is kept, what is lacking is left out by name."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,13 @@ def test_one_a100_leaves_out_what_is_for_hopper_too(tmp_path):
 def test_no_test_skips_for_what_a_machine_lacks():
     for path in FOLDER.glob("test_*.py"):
         assert set(re.findall(r"\w*skip\w*", path.read_text())) <= {"skip_on_a_cpu"}, path.name
+
+
+def test_some_of_every_file_come_first():
+    spec = importlib.util.spec_from_file_location("needs_of_gpu_tests", FOLDER / "needs.py")
+    needs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(needs)
+    item = namedtuple("Item", "path place")
+    items = [item(path, place) for path, count in (("a", 4), ("b", 2)) for place in range(count)]
+    needs.LeftOut(False, True).interleave(items)
+    assert ["".join(map(str, one)) for one in items] == ["a0", "b0", "a1", "a2", "b1", "a3"]
