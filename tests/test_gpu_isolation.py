@@ -197,6 +197,11 @@ def test_some_of_every_file_come_first():
     needs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(needs)
     item = namedtuple("Item", "path place")
-    items = [item(path, place) for path, count in (("a", 4), ("b", 2)) for place in range(count)]
+    files = (FOLDER / "a.py", 4), (FOLDER / "b.py", 2)
+    items = [item(path, place) for path, count in files for place in range(count)]
+    others = [*items, item(FOLDER.parent / "c.py", 0)]
+    before = list(others)
+    needs.LeftOut(False, True).interleave(others)
+    assert others == before
     needs.LeftOut(False, True).interleave(items)
-    assert ["".join(map(str, one)) for one in items] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+    assert [f"{path.stem}{place}" for path, place in items] == ["a0", "b0", "a1", "a2", "b1", "a3"]

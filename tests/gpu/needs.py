@@ -13,6 +13,7 @@ Nothing here may differ from process to process: pytest-xdist's are to collect t
 
 import importlib.util
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,9 @@ KINDS = {
 }
 
 
+FOLDER = Path(__file__).parent
+
+
 class LeftOut:
     """Deselects the tests whose needs are not met, and says which they are and why.
 
@@ -94,7 +98,12 @@ class LeftOut:
         self.tests.update(f"{item.nodeid.partition('[')[0]}: {reasons[item]}" for item in left_out)
 
     def interleave(self, items):
-        """Some of every file first: a run that is cut off has then looked at all of them."""
+        """Some of every file first: a run that is cut off has then looked at all of them.
+
+        Of these tests alone: others' fixtures would be made once more for each that comes between.
+        """
+        if any(item.path.parent != FOLDER for item in items):
+            return
         sizes, places = Counter(item.path for item in items), Counter()
         shares = {}
         for item in items:
