@@ -18,7 +18,7 @@ from typing import Self
 ROOT = Path(__file__).resolve().parent.parent.parent
 OLDEST = (8, 0)
 HOPPER = (9, 0)
-PACKAGES = ("timm", "transformers", "xdist", "cutlass_library")
+PACKAGES = ("timm", "xdist")
 
 
 class Missing(Exception):

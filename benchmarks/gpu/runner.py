@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -78,8 +79,6 @@ def environment() -> dict[str, str]:
 
 
 def _torch() -> Path:
-    from importlib.util import find_spec
-
     return Path(find_spec("torch").origin).parent
 
 
