@@ -83,10 +83,12 @@ def limits(roofs: list[Row]) -> str:
 
 
 def table(outcome: Outcome) -> Group:
-    """One case: its providers with their times, or why they have none."""
+    """One case: its providers with their times, or why they have none; on a GPU both times."""
+    apart = any(row.eager_ms_p50 for row in outcome.rows)
     shown = Table(title=escape(outcome.case.title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     shown.add_column("provider", min_width=14, no_wrap=True)
-    for name in ("ms", "p20", "p80", "speed", "TFLOP/s", "GB/s", "roof", "MB", "error", "verdict"):
+    eager = ("eager ms", "speed", "timed") if apart else ()
+    for name in ("ms", "p20", "p80", "speed", *eager, "TFLOP/s", "GB/s", "roof", "MB", "error", "verdict"):
         shown.add_column(name, justify="right", no_wrap=True)
     notes = []
     for row in outcome.rows:
@@ -94,20 +96,21 @@ def table(outcome: Outcome) -> Group:
             continue
         style = None if row.ok else "red"
         verdict = "ok" if row.ok else "WRONG"
-        shown.add_row(row.provider, *_numbers(row, outcome.speedups.get(row.provider)), verdict, style=style)
+        shown.add_row(row.provider, *_numbers(row, apart), verdict, style=style)
         failed = [check for check in outcome.checks[row.provider] if not check.ok]
         notes += [Text(f"  {row.provider}: {check}", style="red") for check in failed]
     notes += [Text(f"  {name}: not run: {reason}", style="dim") for name, reason in outcome.absent.items()]
     return Group(shown, *notes, "")
 
 
-def _numbers(row: Row, speedup: float | None) -> list[str]:
+def _numbers(row: Row, apart: bool) -> list[str]:
     """Without a number, a dash."""
     cells = (
         (row.ms_p50, "{:.4g}"),
         (row.ms_p20, "{:.4g}"),
         (row.ms_p80, "{:.4g}"),
-        (speedup, "{:.2f}x"),
+        (row.speed, "{:.2f}x"),
+        *(((row.eager_ms_p50, "{:.4g}"), (row.eager_speed, "{:.2f}x"), (row.timed, "{}")) if apart else ()),
         (row.tflops, "{:.3g}"),
         (row.gbps, "{:.0f}"),
         (row.roofline_pct, "{:.0f}%"),

@@ -47,7 +47,7 @@ def _bars(groups: dict[tuple, list[Row]]) -> float:
 
 
 def _draw_bars(axis: Axes, op: str, groups: list[list[Row]]) -> None:
-    """A group of bars for each call, as long as the provider is faster than the first."""
+    """A group of bars for each call, as long as the provider is faster than the first, with eager's."""
     at, ticks, names = 0.0, [], []
     for rows in groups:
         base = rows[0]
@@ -62,6 +62,8 @@ def _draw_bars(axis: Axes, op: str, groups: list[list[Row]]) -> None:
             axis.barh(at, speed, height=0.8, color=colour)
             low, high = (speed * row.ms_p50 / ms for ms in (row.ms_p80, row.ms_p20))
             axis.plot([low, high], [at, at], color="0.2", linewidth=1)
+            if row.eager_speed is not None:
+                axis.plot(row.eager_speed, at, marker="D", markersize=4, color="white", markeredgecolor="0.2")
             roof = "" if row.roofline_pct is None else f"  {row.roofline_pct:.0f}% of the roofline"
             axis.text(max(speed, high), at, f"  {speed:.2f}x{roof}", fontsize=8, va="center")
             ticks.append(at)
@@ -70,7 +72,10 @@ def _draw_bars(axis: Axes, op: str, groups: list[list[Row]]) -> None:
         at += 0.2
     axis.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
     axis.set_yticks(ticks, names, fontsize=8)
-    axis.set(title=op, xlabel="times as fast as the first provider (line: 20 to 80 % of the rounds)")
+    marks = "line: 20 to 80 % of the rounds"
+    if any(row.eager_speed is not None for rows in groups for row in rows):
+        marks += "; diamond: as Python calls them"
+    axis.set(title=op, xlabel=f"times as fast as the first provider ({marks})")
     axis.set_ylim(at, -0.8)
     axis.set_xlim(0, axis.get_xlim()[1] * 1.2)
     axis.spines[["top", "right"]].set_visible(False)

@@ -30,7 +30,10 @@ class Change:
 
 
 def changes(now: list[Row], then: list[Row]) -> list[Change]:
-    """What has become of each of ours that had a time then, among the calls that were measured now."""
+    """What has become of each of ours that had a time then, among the calls that were measured now.
+
+    Times that were taken in another way say nothing of each other.
+    """
     found, calls = {(row.call, row.provider): row for row in now}, {row.call for row in now}
     firsts, firsts_then = _firsts(now), _firsts(then)
     made = []
@@ -40,6 +43,8 @@ def changes(now: list[Row], then: list[Row]) -> list[Change]:
         row = found.get((old.call, old.provider))
         if row is None or not row.ok or row.ms_p50 is None:
             made.append(Change(row, old, None, None))
+            continue
+        if row.gpu and row.timed != old.timed:
             continue
         time, first, first_then = row.ms_p50 / old.ms_p50, firsts.get(old.call), firsts_then.get(old.call)
         multiple = time * first_then / first if first and first_then else None

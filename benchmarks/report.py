@@ -22,7 +22,9 @@ Every number here is a row that `fastvit bench` kept; `make report` writes this 
 provider was judged by the parity contract before it was timed, and a wrong one has no time. Providers ran
 interleaved in one process: times are medians with their 20th and 80th percentiles, *speed* is the first
 provider's time over this one's, *roofline* the share of what a large copy or product reached in the same
-run, *error* the distance from float64 as a multiple of torch's own.
+run, *error* the distance from float64 as a multiple of torch's own. An op on a GPU has two times: its
+kernels' own, from replays of a CUDA graph (*queued*: from launches that lay ready; *wall*: neither could
+be), and *eager*, what it adds to a chain of calls that Python makes.
 """
 DIRECTIONS = {"fwd": "forward", "bwd": "backward", "step": "training step"}
 
@@ -81,29 +83,36 @@ def _roofline(roofs: list[Row]) -> Iterator[str]:
 
 
 def _table(calls: Iterable[list[Row]]) -> Iterator[str]:
-    yield "| what | provider | ms | p20 to p80 | speed | per second | roofline | MB | error |"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    calls = list(calls)
+    apart = any(row.eager_ms_p50 for rows in calls for row in rows)
+    eager = ("eager ms", "eager speed") if apart else ()
+    names = ("what", "provider", "ms", "p20 to p80", "speed", *eager, "per second", "roofline", "MB", "error")
+    yield f"| {' | '.join(names)} |"
+    yield f"|---|---|{'---:|' * (len(names) - 2)}"
     for rows in calls:
         timed = [row for row in rows if row.ok and row.ms_p50 is not None]
         for row in rows:
-            yield "| " + " | ".join(_cells(row, timed[0] if timed else None, row is rows[0])) + " |"
+            yield "| " + " | ".join(_cells(row, timed[0] if timed else None, row is rows[0], apart)) + " |"
     yield ""
 
 
-def _cells(row: Row, first: Row | None, named: bool) -> list[str]:
+def _cells(row: Row, first: Row | None, named: bool, apart: bool) -> list[str]:
     shape = "x".join(map(str, row.shape))
     what = f"{row.op} {DIRECTIONS[row.direction]}, {row.dtype}, {shape}, batch {row.batch}"
     cells = [what if named else "", row.provider]
     if not row.ok or row.ms_p50 is None:
         said = "**wrong**" if row.verdict == "wrong" else row.verdict
-        return [*cells, said, *[""] * 5, _number(row.error_ratio)]
+        return [*cells, said, *[""] * (7 if apart else 5), _number(row.error_ratio)]
     images = f"{_number(1e3 * row.batch / row.ms_p50)} images"
     rate = images if is_model(row) else "" if row.tflops is None else f"{_number(row.tflops)} TFLOP"
     roof = "" if row.roofline_pct is None else f"{row.roofline_pct:.0f} %"
     spread = f"{_number(row.ms_p20)} to {_number(row.ms_p80)}"
     speed = f"{row.speed_over(first):.2f}x"
     memory = "" if row.peak_mb is None else f"{row.peak_mb:.0f}"
-    return [*cells, _number(row.ms_p50), spread, speed, rate, roof, memory, _number(row.error_ratio)]
+    ms = _number(row.ms_p50) + (f" ({row.timed})" if row.timed in ("queued", "wall") and apart else "")
+    in_eager = "" if row.eager_speed is None else f"{row.eager_speed:.2f}x"
+    eager = [_number(row.eager_ms_p50), in_eager] if apart else []
+    return [*cells, ms, spread, speed, *eager, rate, roof, memory, _number(row.error_ratio)]
 
 
 def _number(value: float | None) -> str:

@@ -56,8 +56,11 @@ class Row:
     eager_speed: float | None = None
 
     def speed_over(self, first: "Row") -> float:
-        """How many times as fast as the call's first provider; older rows say it by their times alone."""
-        return self.speed or first.ms_p50 / self.ms_p50
+        """How many times as fast as the call's first provider; in eager, where only that can be compared.
+
+        Older rows say it by their times alone.
+        """
+        return self.speed or self.eager_speed or first.ms_p50 / self.ms_p50
 
     @property
     def verdict(self) -> str:

@@ -50,7 +50,12 @@ def ops(
     baseline: Baseline = None,
     fail_if_slower: Slower = None,
 ) -> None:
-    """Time the kernels beside torch's own ops, torch.compile and other libraries."""
+    """Time the kernels beside torch's own ops, torch.compile and other libraries.
+
+    On a GPU a call is timed twice, with a cold L2: its kernels alone, in a CUDA graph that is replayed (what
+    cannot be captured is queued while the GPU sleeps, and the row says so: graph, queued or wall), and in
+    eager, as what it adds to a chain of calls that Python makes. On a CPU a clock stands around the call.
+    """
     from fastvit_benchmarks.commands import bench_ops_command, outputs
 
     from .commands import pick_device

@@ -5,9 +5,11 @@ import contextlib
 import pytest
 import torch
 
-from fastvit_benchmarks import gpu_timing
+from fastvit_benchmarks import attempts, gpu_timing, op_bench
+from fastvit_benchmarks.bench_attention import Attention
 from fastvit_benchmarks.gpu_timing import Repeated
-from fastvit_benchmarks.harness import measure, ratios
+from fastvit_benchmarks.harness import machine, measure, ratios
+from fastvit_benchmarks.outputs import Outputs
 
 FLUSH, LAUNCH = 80e-6, 5e-6  # of 256 MB on an H100; of what is no call of ours
 CLOCK = 2e9
@@ -18,7 +20,7 @@ class Gpu:
 
     def __init__(self):
         self.host = self.gpu = 0.0
-        self.capturing, self.captures, self.strict = None, 0, 0
+        self.capturing, self.captures, self.strict, self.lost = None, 0, 0, False
 
     def launch(self, seconds, host=LAUNCH):
         self.host += host
@@ -28,6 +30,8 @@ class Gpu:
             self.gpu = max(self.gpu, self.host) + seconds
 
     def synchronize(self, *_):
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.strict:
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.capturing is not None:
@@ -85,6 +89,9 @@ def gpu(monkeypatch):
         "graph": made.capture,
         "synchronize": made.synchronize,
         "current_stream": lambda: None,
+        "is_initialized": lambda: True,
+        "Stream": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(),
         "_sleep": lambda cycles: made.launch(cycles / CLOCK),
         "get_sync_debug_mode": lambda: made.strict,
         "set_sync_debug_mode": lambda mode: setattr(made, "strict", 1 if mode == "error" else mode),
@@ -158,3 +165,85 @@ def test_a_call_alone_is_the_call(gpu):
     call = Repeated(lambda: seen.append(0) or len(seen), 3)
     before = len(seen)
     assert call() == before + 1
+
+
+class Gone(BaseException):
+    """The process has ended."""
+
+
+class OnHost(Attention):
+    def inputs(self, seed, device):
+        return super().inputs(seed, torch.device("cpu"))
+
+
+@pytest.fixture
+def run(gpu, monkeypatch, tmp_path):
+    """One process of a benchmark with these providers, by what each does; returns its rows by provider."""
+
+    def ends(status):
+        raise Gone(status)
+
+    monkeypatch.setattr(attempts.os, "_exit", ends)
+    for name in ("peak_gbps", "peak_tflops", "peak_mb"):
+        monkeypatch.setattr(op_bench, name, lambda *where: None)
+    case = OnHost("fwd", "float32", 1, 5, 2, 4)
+
+    def provider(does):
+        def prepare(case, inputs):
+            call = op_bench.differentiated(case.reference)(case, inputs)
+
+            def run():
+                gpu.launch(4e-6, 100e-6)
+                does()
+                return call()
+
+            return run
+
+        return prepare
+
+    def process(does):
+        outputs = Outputs(json=tmp_path / "rows.json", resume=True)
+        outputs.keep([])
+        wanted = {name: provider(does[name]) for name in outputs.lacking([case.call], does)}
+        try:
+            op_bench.run_case(
+                case, wanted, torch.device("cuda"), machine(), rounds=2, seconds=0, outputs=outputs
+            )
+        finally:
+            gpu.lost = False
+        return {row.provider: row for row in outputs.rows}
+
+    return process
+
+
+def test_an_op_s_row_says_both_times_and_how_they_were_taken(run, gpu):
+    def uncapturable():
+        if gpu.capturing is not None:
+            raise RuntimeError("it cannot be captured")
+
+    rows = run({"sdpa": int, "flash": uncapturable, "fastvit": int})
+    assert {name: row.timed for name, row in rows.items()} == {
+        "sdpa": "graph",
+        "flash": "queued",
+        "fastvit": "graph",
+    }
+    for row in rows.values():
+        assert row.ok
+        assert row.ms_p50 == pytest.approx(4e-3)
+        assert row.eager_ms_p50 == pytest.approx(100e-3)
+        assert row.speed == pytest.approx(1)
+        assert row.eager_speed == pytest.approx(1)
+
+
+def test_a_capture_that_loses_the_context_costs_its_own_row(run, gpu):
+    def loses():
+        if gpu.capturing is not None:
+            gpu.lost = True
+            gpu.synchronize()
+
+    does = {"sdpa": int, "flash": loses, "xformers": int, "fastvit": int}
+    with pytest.raises(Gone):
+        run(does)
+    rows = run(does)
+    assert rows["flash"].reason.startswith("its process lost the CUDA context")
+    assert {name for name, row in rows.items() if row.timed == "graph"} == {"sdpa", "xformers", "fastvit"}

@@ -92,7 +92,10 @@ def times(folder: Path) -> Iterator[str]:
             for row in sorted(rows, key=lambda row: row is not rows[0] and not row.provider.startswith(OURS)):
                 speed = f" {row.speed:.2f}x" if row.speed and row is not rows[0] else ""
                 time = f"{row.ms_p50:.4g}" if row.ms_p50 else "-"
+                if row.eager_ms_p50:
+                    speed += f" (eager {row.eager_ms_p50:.4g}"
+                    speed += f" {row.eager_speed:.2f}x)" if row.eager_speed and row is not rows[0] else ")"
                 mark = "" if row.ok else f" ({(row.reason or row.verdict)[:40]})"
                 said.append(f"{row.provider} {time}{speed}{mark}")
             sizes = "x".join(map(str, shape))
-            yield f"{path.stem}: {op} {direction} {dtype} {sizes} batch {batch}: {', '.join(said)}"[:300]
+            yield f"{path.stem}: {op} {direction} {dtype} {sizes} batch {batch}: {', '.join(said)}"[:400]
