@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from fastvit.derived import Reading
+
 from .timing import Sample
 
 Call = Callable[[], object]
@@ -30,6 +32,9 @@ class Repeated:
 
     def __init__(self, call: Call, count: int) -> None:
         self.call, self.count = call, count
+        self._reading = (
+            Reading()
+        )  # held as ``fastvit.graphed`` does: copies of frozen weights that graphs read
         self.graph = self._captured()
 
     def __call__(self) -> object:
@@ -42,10 +47,11 @@ class Repeated:
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """None if it cannot be, for whatever reason each library has."""
         try:
-            with _no_synchronisation():
+            with self._reading, _no_synchronisation():
                 self.each()
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with self._reading, captured:
                 self.each()
             graph.replay()
             torch.cuda.synchronize()

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from fastvit import derived
 from fastvit_benchmarks import attempts, gpu_timing, op_bench
 from fastvit_benchmarks.bench_attention import Attention
 from fastvit_benchmarks.gpu_timing import Repeated
@@ -158,6 +159,16 @@ def test_what_waits_for_the_gpu_is_never_captured_and_said_to_hold_the_host_s_ti
     assert "waits" not in ratios(found, "it")
     eager = {name: timing.in_eager for name, timing in found.items()}
     assert ratios(eager, "it")["waits"] < 1
+
+
+def test_a_capture_reads_copies_of_frozen_weights_as_a_runner_s_does(gpu):
+    """Outside of a ``Reading`` the op would not take any: "frozen" would be timed without its copies."""
+    seen = []
+    repeated = Repeated(
+        lambda: seen.append((gpu.capturing is not None, getattr(derived._thread, "reading", None))), 2
+    )
+    assert seen == [(False, repeated._reading)] * 2 + [(True, repeated._reading)] * 2
+    assert derived._thread.reading is None
 
 
 def test_a_call_alone_is_the_call(gpu):
