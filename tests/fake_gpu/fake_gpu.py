@@ -39,6 +39,7 @@ CHANGED = {
     "fastvit_benchmarks.attempts": "impatient",
     "fastvit_benchmarks.harness": "few_rounds",
     "fastvit_benchmarks.gpu_timing": "small_flush",
+    "fastvit_benchmarks.op_bench": "few_inputs",
     "fastvit_benchmarks.gpu.stages": "long_stages",
     "fastvit_benchmarks.roofline": "small_limits",
     "fastvit_benchmarks.tables.gpu_questions": "few_questions",
@@ -221,6 +222,10 @@ def few_rounds(harness):
 
 def small_flush(gpu_timing):
     gpu_timing._FLUSH_BYTES = 1024
+
+
+def few_inputs(op_bench):
+    op_bench.GPU_SETS = 2
 
 
 def impatient(attempts):
