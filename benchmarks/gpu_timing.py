@@ -32,9 +32,8 @@ class Repeated:
 
     def __init__(self, call: Call, count: int) -> None:
         self.call, self.count = call, count
-        self._reading = (
-            Reading()
-        )  # held as ``fastvit.graphed`` does: copies of frozen weights that graphs read
+        # Copies of frozen weights are read, and held, as ``fastvit.graphed`` does; else a capture uses none.
+        self._reading = Reading()
         self.graph = self._captured()
 
     def __call__(self) -> object:
@@ -102,11 +101,11 @@ class GpuSampler:
             return Sample(self._between(call), timed="events")
         eager = self._in_eager(call)
         if call.graph is not None:
-            return Sample(
-                self._queued(call.graph.replay, GRAPH_SLEEP) / call.count, eager, "graph", call.count
-            )
-        ms = self._queued(call.each, CALL_SLEEP * call.count) / call.count
-        return Sample(ms, eager, "wall" if self.ran_dry else "queued", call.count)
+            ms, timed = self._queued(call.graph.replay, GRAPH_SLEEP), "graph"
+        else:
+            ms = self._queued(call.each, CALL_SLEEP * call.count)
+            timed = "wall" if self.ran_dry else "queued"
+        return Sample(ms / call.count, eager, timed, call.count)
 
     def _queued(self, work: Call, sleep: int) -> float:
         """Launched while the GPU sleeps; if work waits for the GPU, as some do, the queue runs dry."""
