@@ -1,7 +1,8 @@
 """`python -m fastvit_kernels.aot`: every shipped configuration compiled ahead of time, with no GPU.
 
-It fails where a kernel does not compile, holds float64 or exceeds the shared memory; where one in 16 bits or
-tf32 spills registers or has a dot without tensor cores; and where one in exact float32 has a dot with them.
+It fails where a kernel does not compile, holds float64 or exceeds the shared memory, or ptxas says what is
+not understood; where one in 16 bits or tf32 spills registers, has a dot without tensor cores or asynchronous
+products that ptxas serialises; and where one in exact float32 has a dot with tensor cores.
 """
 
 import argparse

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STYLES = {"FAILED": "bold red", "ok": "green", "reported": "dim"}
-COLUMNS = ("registers", "shared memory", "spilled", "mma", "seconds", "verdict")
+COLUMNS = ("registers", "shared memory", "spilled", "mma", "hgmma", "waits", "seconds", "verdict")
 # A pipe has no width of its own, and eighty columns would break every row.
 PIPE_WIDTH = 180
 
@@ -54,6 +54,15 @@ def _table(rows: Sequence[Compiled]) -> "Table":
         table.add_column(name, no_wrap=True, justify="left" if name == "verdict" else "right")
     for row in rows:
         share = f"{row.shared} ({row.shared / row.shared_limit:4.0%})" if row.shared_limit else "-"
-        facts = (row.registers, share, row.spilled, row.mma, f"{row.seconds:.1f}", row.verdict)
+        facts = (
+            row.registers,
+            share,
+            row.spilled,
+            row.mma,
+            row.hgmma,
+            row.waits,
+            f"{row.seconds:.1f}",
+            row.verdict,
+        )
         table.add_row(row.kernel, row.label, row.arch, *map(str, facts), style=STYLES[row.verdict])
     return table
