@@ -1,7 +1,8 @@
 """`python -m fastvit_kernels.aot`: every shipped configuration compiled ahead of time, with no GPU.
 
-It fails where a kernel does not compile, holds float64 or exceeds the shared memory; where one in 16 bits or
-tf32 spills registers or has a dot without tensor cores; and where one in exact float32 has a dot with them.
+It fails where a kernel does not compile, holds float64 or exceeds the shared memory, or ptxas says what is
+not understood; where one in 16 bits or tf32 spills registers, has a dot without tensor cores or asynchronous
+products that ptxas serialises; and where one in exact float32 has a dot with tensor cores.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from typing import NamedTuple
 import triton
 
 from .aot_compile import SHARED_LIMITS, Compiled, examine
-from .aot_report import save, show
+from .aot_report import save, show, show_static
+from .aot_static import Row, count
 from .launch import Launch
 
 PLANS = ("fastvit_kernels.attention_aot", "fastvit_kernels.patch_embed_aot")
@@ -102,9 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if triton.knobs.runtime.interpret:
             raise Unusable("TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
-        jobs = list(plan(asked.module or PLANS, asked.arch or list(SHARED_LIMITS), asked.kernel or ()))
+        archs = asked.arch or (["sm_90"] if asked.static else list(SHARED_LIMITS))
+        if asked.static and archs != ["sm_90"]:
+            raise Unusable("--static knows sm_90 alone")
+        names = asked.static or asked.kernel or ()
+        jobs = list(plan(asked.module or PLANS, archs, names))
         if not jobs:
-            raise Unusable(f"no kernel's name contains {' or '.join(asked.kernel)}")
+            raise Unusable(f"no kernel's name contains {' or '.join(names)}")
     except (Unusable, ImportError) as error:
         print(f"aot: {error}", file=sys.stderr)
         return 2
@@ -112,12 +118,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Spawned processes inherit the environment. A folder of its own, so that a compile is a compile.
     with tempfile.TemporaryDirectory(prefix="fastvit-aot-") as folder:
         os.environ["TRITON_CACHE_DIR"] = str(asked.cache or folder)
+        if asked.static:
+            show_static([_count(job) for job in jobs if not job.label.startswith("ieee")], asked.markdown)
+            return 0
         rows = _run_with_progress(jobs, asked.jobs)
     seconds = perf_counter() - start
     show(rows, seconds)
     if asked.json:
         save(asked.json, rows, seconds)
     return 1 if any(row.faults for row in rows) else 0
+
+
+def _count(job: Job) -> Row:
+    _, launch = launches(job.module, job.arch)[job.index]
+    return count(launch, job.label)
 
 
 def _run_with_progress(jobs: Sequence[Job], workers: int) -> list[Compiled]:
@@ -138,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the rows there")
     add("--cache", type=Path, metavar="DIR", help="keep what is compiled there: a second run is quick")
+    add(
+        "--static", action="append", metavar="NAME", help="count these kernels' machine code, and model times"
+    )
+    add("--markdown", action="store_true", help="with --static: print Markdown")
     add("--module", action="append", help=argparse.SUPPRESS)
     return parser
 

@@ -1,18 +1,16 @@
 """One launch compiled without a GPU, as its first call on that architecture would compile it, and judged."""
 
-import io
 import re
-import subprocess
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from .aot_ptxas import Said, listen
+from .aot_sass import count_products, disassemble
 from .launch import Launch
 
 # Bytes of shared memory that a program may have. The safe table serves every architecture without one of its
@@ -28,7 +26,7 @@ SHARED_LIMITS = {
 TENSOR_MEMORY_LIMIT = 512
 TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 DOUBLE = re.compile(r"\.f64\b")
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+WGMMA = re.compile(r"\bwgmma\.mma_async\b")
 CLASSES = ("half", "tf32", "ieee")
 
 
@@ -40,8 +38,9 @@ class Compiled:
         label: the launch's, whose first word is the dtype class: "half d=64 N=197".
         registers: of a thread.
         shared, shared_limit: bytes of a program, and how many the architecture has.
-        spilled: bytes of stack and local memory of a thread.
+        spilled: bytes of a thread's stack.
         mma: tensor-core instructions in the PTX.
+        hgmma, waits: asynchronous products in the machine code of sm_90, and waits for them.
         faults: why it may not ship.
     """
 
@@ -53,6 +52,8 @@ class Compiled:
     shared_limit: int = 0
     spilled: int = 0
     mma: int = 0
+    hgmma: int = 0
+    waits: int = 0
     seconds: float = 0.0
     faults: tuple[str, ...] = ()
 
@@ -66,25 +67,28 @@ def examine(launch: Launch, label: str, arch: str) -> Compiled:
     """Compile one launch for an architecture, or for "safe", and look at what came out."""
     kernel, start = launch.kernel.__name__, perf_counter()
     try:
-        # ptxas's refusal makes Triton print the whole program.
-        with redirect_stdout(io.StringIO()):
-            compiled = compile_launch(launch, 80 if arch == "safe" else int(arch.removeprefix("sm_")))
+        compiled, said = compile_launch(launch, 80 if arch == "safe" else int(arch.removeprefix("sm_")))
     # Whatever a compiler raises is the finding.
     except Exception as error:
         return Compiled(kernel, label, arch, faults=(f"does not compile: {_gist(error)}",))
     seconds = perf_counter() - start
-    registers, spilled = _usage(compiled)
-    mma = len(TENSOR_CORES.findall(compiled.asm["ptx"]))
-    shared, limit = compiled.metadata.shared, SHARED_LIMITS[arch]
-    faults = tuple(_faults(compiled, label, limit, spilled, mma))
-    return Compiled(kernel, label, arch, registers, shared, limit, spilled, mma, seconds, faults)
+    ptx, shared, limit = compiled.asm["ptx"], compiled.metadata.shared, SHARED_LIMITS[arch]
+    mma = len(TENSOR_CORES.findall(ptx))
+    hgmma, waits = count_products(disassemble(compiled)) if WGMMA.search(ptx) else (0, 0)
+    faults = tuple(_faults(compiled, said, label, limit, mma))
+    return Compiled(
+        kernel, label, arch, said.registers, shared, limit, said.spilled, mma, hgmma, waits, seconds, faults
+    )
 
 
-def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
-    """Compile for one compute capability (90, say), from arguments that may lie on the meta device."""
+def compile_launch(launch: Launch, capability: int) -> tuple[CompiledKernel, Said]:
+    """Compile for one compute capability (90, say), from arguments that may lie on the meta device.
+
+    Returns the kernel, and what ptxas said of it.
+    """
     target = GPUTarget("cuda", capability, 32)
     source, options = specialized(launch, target)
-    return triton.compile(source, target=target, options=options)
+    return listen(source, target, options)
 
 
 def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
@@ -101,15 +105,7 @@ def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
     return ASTSource(launch.kernel, *types), options.__dict__
 
 
-def _usage(compiled: CompiledKernel) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that did not fit into them."""
-    cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
-    functions = USAGE.findall(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return max(int(count) for count, _, _ in functions), sum(int(a) + int(b) for _, a, b in functions)
-
-
-def _faults(compiled: CompiledKernel, label: str, limit: int, spilled: int, mma: int):
+def _faults(compiled: CompiledKernel, said: Said, label: str, limit: int, mma: int):
     dtype_class = label.partition(" ")[0]
     if dtype_class not in CLASSES:
         yield f"its label begins with {dtype_class!r} and not with one of {', '.join(CLASSES)}"
@@ -119,13 +115,15 @@ def _faults(compiled: CompiledKernel, label: str, limit: int, spilled: int, mma:
         yield f"shared memory: {compiled.metadata.shared} bytes of {limit}"
     if (columns := getattr(compiled.metadata, "tmem_size", 0)) > TENSOR_MEMORY_LIMIT:
         yield f"tensor memory: {columns} columns of {TENSOR_MEMORY_LIMIT}"
+    yield from (f"ptxas says what is not understood: {line}" for line in said.strange)
     if dtype_class == "ieee":
         # Triton 3.6 does so on sm_100 to a dot of what was uint8 in memory, whatever precision it asks for.
         if mma:
             yield f"not exact: {mma} tensor-core instructions, which round float32 to tf32"
     else:
-        if spilled:
-            yield f"spills: {spilled} bytes a thread"
+        if said.spilled:
+            yield f"spills: {said.spilled} bytes a thread"
+        yield from (f"serialised: {line}" for line in said.serialized)
         if not mma and "tt.dot" in compiled.asm["ttir"]:
             yield "no tensor-core instruction, though it has a dot"
 

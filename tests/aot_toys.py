@@ -24,6 +24,28 @@ def multiply(
     tl.store(out + rows[:, None] * N + columns[None, :], total.to(out.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["depth"])
+def attend(a, b, out, depth, N: tl.constexpr, K: tl.constexpr, REST: tl.constexpr):
+    """Two products a step, as in attention. The rest behind the loop makes ptxas serialise all of them."""
+    columns = tl.arange(0, N)
+    x = tl.load(a + columns[:, None] * N + columns[None, :])
+    total = tl.zeros((N, N), tl.float32)
+    for start in range(0, depth, K):
+        total = step(x, a, b, start, total, columns, N, K)
+    if REST > 0:
+        total = step(x, a, b, depth, total, columns, N, REST)
+    tl.store(out + columns[:, None] * N + columns[None, :], total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def step(x, a, b, start, total, columns, N: tl.constexpr, WIDTH: tl.constexpr):
+    inner = start + tl.arange(0, WIDTH)
+    y = tl.load(a + columns[None, :] + inner[:, None] * N)
+    z = tl.load(b + inner[:, None] * N + columns[None, :])
+    weights = tl.exp2(tl.dot(x, y.T, input_precision="ieee"))
+    return tl.dot(weights.to(tl.float16), z, total * 0.5, input_precision="ieee")
+
+
 @triton.jit
 def add_rows(a, out, M: tl.constexpr, N: tl.constexpr):
     rows, columns = tl.arange(0, M), tl.arange(0, N)
@@ -58,6 +80,12 @@ def product(m, n, k, dtype=torch.float16, precision="ieee", **options):
     return Launch(multiply, (1,), args, {"M": m, "N": n, "K": k, "PRECISION": precision}, **options)
 
 
+def attention(rest):
+    args = {name: torch.empty(64, 64, dtype=torch.float16, device="meta") for name in ("a", "b", "out")}
+    constants = {"N": 64, "K": 64, "REST": rest}
+    return Launch(attend, (1,), args | {"depth": 4096}, constants, num_stages=3)
+
+
 def aot_launches(arch):
     a, out = torch.empty(64, 64, device="meta"), torch.empty(64, device="meta")
     yield "half small", product(64, 64, 32)
@@ -72,4 +100,7 @@ def aot_launches(arch):
     yield "ieee double", Launch(leak, (1,), {"a": a, "out": out}, {"eps": 1e-6, "N": 64})
     yield "half broken", Launch(broken, (1,), {"a": a}, {"N": 64})
     yield "fp16 unknown", product(64, 64, 32)
+    if arch == "sm_90":
+        yield "half in flight", attention(0)
+        yield "half serialised", attention(16)
     yield "half crash", Launch(Crash(), (1,), {})

@@ -1,29 +1,11 @@
 """`make aot` passes what may ship and fails the rest, each for its own reason: on kernels made for that."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from aot_runs import aot, python
 
 pytest.importorskip("triton")
-TESTS = Path(__file__).parent
-
-
-def python(*arguments, **variables):
-    # Where there is no GPU the tests interpret kernels, and interpreted kernels do not compile.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = f"{TESTS}{os.pathsep}{environment.get('PYTHONPATH', '')}".rstrip(os.pathsep)
-    environment |= {"PYTHONPATH": path} | variables
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
-
-
-def aot(*options, **variables):
-    return python("-m", "fastvit_kernels.aot", "--module", "aot_toys", *options, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +62,42 @@ def test_facts_are_those_of_the_compile(done):
     assert done[1]["ieee cramped"]["spilled"] > 0
 
 
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    """Two runs over the toys that use sm_90's asynchronous products: compiled, then from the cache."""
+    folder = tmp_path_factory.mktemp("hopper")
+    command = ("--arch", "sm_90", "--kernel", "attend", "--jobs", "1", "--cache", str(folder))
+    runs = [aot(*command, "--json", str(folder / f"{time}.json")) for time in ("first", "second")]
+    assert [run.returncode for run in runs] == [1, 1], runs
+    assert len(list(folder.rglob("attend.cubin"))) == 2
+    return [
+        {row["label"]: row for row in json.loads((folder / f"{time}.json").read_text())["rows"]}
+        for time in ("first", "second")
+    ]
+
+
+@pytest.mark.parametrize("time", [0, 1])
+def test_products_that_ptxas_serialises_fail(hopper, time):
+    in_flight, serialized = hopper[time]["half in flight"], hopper[time]["half serialised"]
+    assert in_flight["verdict"] == "ok" and in_flight["hgmma"] > 3 * in_flight["waits"] > 0
+    assert serialized["hgmma"] == serialized["waits"] > 0
+    (fault,) = serialized["faults"]
+    assert fault.startswith("serialised: (C7515) Potential Performance Loss: wgmma.mma_async")
+
+
+PTXAS = "import triton; print(triton.knobs.nvidia.ptxas.path)"
+
+
+def test_a_ptxas_that_says_something_new_fails(tmp_path):
+    new = tmp_path / "ptxas"
+    real = python("-c", PTXAS).stdout.strip()
+    new.write_text(f"#!/bin/sh\necho 'ptxas warning : the moon is full' >&2\nexec {real} \"$@\"\n")
+    new.chmod(0o755)
+    run = aot("--arch", "sm_89", "--kernel", "add_", TRITON_PTXAS_PATH=str(new))
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "ptxas says what is not understood: ptxas warning : the moon is full" in run.stdout
+
+
 def test_summary_counts(done):
     run, rows = done
     assert run.stdout.splitlines()[-1].startswith(f"{len(rows)} kernels, 8 failed, Triton ")
@@ -122,7 +140,7 @@ triton.runtime.driver.set_active(SimpleNamespace(
 launch = product(64, 64, 32)
 options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True)
 called = launch.kernel.warmup(**launch.args, **launch.constants, **options, grid=(1,))
-print(called.hash == compile_launch(launch, 90).hash != compile_launch(launch, 80).hash)
+print(called.hash == compile_launch(launch, 90)[0].hash != compile_launch(launch, 80)[0].hash)
 """
 
 
