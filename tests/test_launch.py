@@ -125,7 +125,8 @@ def attention_launches(tokens, arch, dtype=torch.float16):
     out = meta(2, tokens, 384, dtype=dtype)
     dqkv = meta(2, tokens, 3, 6, 64, dtype=dtype)
     yield kernels.attention.plan_fwd(q, k, v, out, lse, Options(0.125), arch)
-    yield from kernels.attention.plan_bwd(out, q, k, v, out, lse, dqkv, {}, Options(0.125), arch)
+    facts = meta(2, 6, tokens, 4)
+    yield from kernels.attention.plan_bwd(out, q, k, v, out, lse, dqkv, facts, (), Options(0.125), arch)
 
 
 # Images of many sizes must not compile a kernel each: a variant for each way to cut the tokens is enough.

@@ -30,10 +30,9 @@ def neighbours(kernel: str, entry: Entry, head_dim: int = 64) -> list[Entry]:
 
 def _steps(entry: Entry) -> dict[str, list[int]]:
     known = {"num_warps": WARPS, "num_stages": STAGES}
-    known |= {name: BLOCKS for name in entry if name.isupper() and name != "RESIDENT"}
+    known |= {name: BLOCKS for name in entry if name.startswith("BLOCK")}
     steps = {name: _beside(values, entry[name]) for name, values in known.items()}
-    if "RESIDENT" in entry:
-        steps["RESIDENT"] = [1 - entry["RESIDENT"]]
+    steps |= {name: [1 - entry[name]] for name in ("RESIDENT", "TAIL_FIRST") if name in entry}
     return steps
 
 
@@ -42,8 +41,8 @@ def _beside(values: tuple[int, ...], value: int) -> list[int]:
 
 
 def _differs(entry: Entry, change: Entry) -> bool:
-    """The resident form has no BLOCK_N: its keys are there at once."""
-    return not ((entry | change).get("RESIDENT") == 1 and "BLOCK_N" in change)
+    """The resident form has no BLOCK_N and no tail: its keys are there at once."""
+    return not ((entry | change).get("RESIDENT") == 1 and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
 
 
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:

@@ -41,7 +41,8 @@ def _attention_bwd(inputs: Inputs, precision: str, arch: str) -> Planned:
     if not q.is_meta:
         attention.plan_fwd(q, k, v, out, lse, options, arch)()
     into = dqkv.view(batch, tokens, 3, heads, head_dim)
-    return list(attention.plan_bwd(grad, q, k, v, out, lse, into, {}, options, arch)), (dqkv,)
+    facts = q.new_empty(batch, heads, tokens, 4, dtype=torch.float32)
+    return list(attention.plan_bwd(grad, q, k, v, out, lse, into, facts, (), options, arch)), (dqkv,)
 
 
 def _patch_embed_fwd(inputs: Inputs, precision: str, arch: str) -> Planned:
