@@ -1,7 +1,8 @@
 """attention: the launchers of the Triton kernels, forward and backward."""
 
 from functools import cache
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from .attention_fwd import _attention_fwd_kernel
 from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
+
+# What a program owns in each of the backward's launches, in their order.
+OWNERS = ("queries", "keys")
 
 
 def attention_fwd(
@@ -100,21 +104,25 @@ def attention_bwd(
     batch, tokens, heads, dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
     chosen = Options(**options)
-    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else None
-    plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))()
-    if sums is None:
+    facts = torch.empty((batch, heads, tokens, 4), dtype=torch.float32, device=q.device)
+    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else ()
+    for launch in plan_bwd(grad_out, q, k, v, out, lse, dqkv, facts, sums, chosen, arch_of(q.device)):
+        launch()
+    if not sums:
         return dqkv, None, None, None, None
-    _, _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
-    of_k, of_q = sums[:, :of_keys].sum((0, 1)), sums[:, of_keys:].sum((0, 1))
+    of_q, of_k = [share.sum(0) for share in sums]
     return dqkv, *of_q, *of_k
 
 
-def norm_sums(q: Tensor, options: Options, arch: str) -> Tensor:
-    """Where the backward's programs leave their shares of the norm weights' gradients."""
-    *_, programs = _split_bwd(q, options, arch)
-    return torch.empty(
-        (q.shape[0] * q.shape[2], programs, 2, q.shape[3]), dtype=torch.float32, device=q.device
-    )
+def norm_sums(q: Tensor, options: Options, arch: str) -> tuple[Tensor, ...]:
+    """Where the programs of each of the backward's launches leave their shares of the norms' gradients."""
+    batch, tokens, heads, dim = q.shape
+    found = []
+    for owner in OWNERS:
+        own, _ = _sides(owner, _choose(f"attention_bwd_{owner}", q, options, arch)[0])
+        programs = batch * heads * -(-tokens // own)
+        found.append(torch.empty((programs, 2, dim), dtype=torch.float32, device=q.device))
+    return tuple(found)
 
 
 def plan_bwd(
@@ -125,38 +133,58 @@ def plan_bwd(
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
-    sums: Tensor | None,
+    facts: Tensor,
+    sums: tuple[Tensor, ...],
     options: Options,
     arch: str,
-) -> Launch:
-    """The launch of the backward on an architecture, from shapes alone."""
-    batch, tokens, heads, _ = q.shape
-    chosen, options, key_programs, programs = _split_bwd(q, options, arch)
+) -> tuple[Launch, ...]:
+    """The launches of the backward on an architecture, in their order, from shapes alone.
+
+    ``facts`` [B, H, N, 4] in float32 is scratch memory; ``sums`` is ``norm_sums``'s, or empty.
+    """
     args, constants = shared_arguments(q, k, v, options)
     side_by_side = grad_out.stride(-1) == 1
     align = vector_width(grad_out) if side_by_side else 1
-    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv, "sums_ptr": sums}
+    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "facts_ptr": facts, "dqkv_ptr": dqkv}
     args |= {
         "stride_grad_batch": grad_out.stride(0) // align,
         "stride_grad_token": grad_out.stride(1) // align,
     }
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
-    args |= {"programs": programs, "key_programs": key_programs}
-    constants |= chosen.constants | {
-        "GRAD_ALIGN": align,
-        "KEYS_TAIL": tail_of(tokens, chosen.constants["KEYS_M"]),
-        "QUERIES_TAIL": tail_of(tokens, chosen.constants["QUERIES_N"]),
-        "F": constants["F"]._replace(int64=constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])),
-    }
+    far = constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])
+    constants |= {"GRAD_ALIGN": align, "F": constants["F"]._replace(int64=far)}
+    return tuple(
+        [
+            _plan_owner(owner, q, args | {"sums_ptr": share}, constants, options, arch)
+            for owner, share in zip_longest(OWNERS, sums)
+        ]
+    )
+
+
+def _plan_owner(
+    owner: str,
+    q: Tensor,
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    options: Options,
+    arch: str,
+) -> Launch:
+    """The backward's launch whose programs own keys or queries."""
+    batch, tokens, heads, _ = q.shape
+    chosen, options = _choose(f"attention_bwd_{owner}", q, options, arch)
+    own, passing = _sides(owner, chosen)
+    programs = -(-tokens // own)
+    form = constants["F"]._replace(precision=options.precision)
+    constants = constants | chosen.constants | {"F": form, "OWNER": owner, "TAIL": tail_of(tokens, passing)}
+    args["programs"] = programs
     grid = (batch * heads * programs,)
     return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 
 
-def _split_bwd(q: Tensor, options: Options, arch: str) -> tuple[Tile, Options, int, int]:
-    """The tile, the options, and of a head's programs how many own keys, and how many there are."""
-    chosen, options = _choose("attention_bwd", q, options, arch)
-    key_programs = -(-q.shape[1] // chosen.constants["KEYS_N"])
-    return chosen, options, key_programs, key_programs + -(-q.shape[1] // chosen.constants["QUERIES_M"])
+def _sides(owner: str, chosen: Tile) -> tuple[int, int]:
+    """How many keys or queries a program of the backward owns, and how many of the others pass at a time."""
+    queries, keys = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
+    return (keys, queries) if owner == "keys" else (queries, keys)
 
 
 def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, Options]:

@@ -1,7 +1,6 @@
 """The tiles near a tile: one or two of its numbers changed by a step, and none that cannot be."""
 
 import math
-from collections.abc import Iterator
 from itertools import chain, combinations
 from typing import Any
 
@@ -31,10 +30,9 @@ def neighbours(kernel: str, entry: Entry, head_dim: int = 64) -> list[Entry]:
 
 def _steps(entry: Entry) -> dict[str, list[int]]:
     known = {"num_warps": WARPS, "num_stages": STAGES}
-    known |= {name: BLOCKS for name in entry if name.isupper() and name != "RESIDENT"}
+    known |= {name: BLOCKS for name in entry if name.startswith("BLOCK")}
     steps = {name: _beside(values, entry[name]) for name, values in known.items()}
-    if "RESIDENT" in entry:
-        steps["RESIDENT"] = [1 - entry["RESIDENT"]]
+    steps |= {name: [1 - entry[name]] for name in ("RESIDENT", "TAIL_FIRST") if name in entry}
     return steps
 
 
@@ -43,28 +41,29 @@ def _beside(values: tuple[int, ...], value: int) -> list[int]:
 
 
 def _differs(entry: Entry, change: Entry) -> bool:
-    """The resident form has no BLOCK_N: its keys are there at once."""
-    return not ((entry | change).get("RESIDENT") == 1 and "BLOCK_N" in change)
+    """The resident form has no BLOCK_N and no tail: its keys are there at once."""
+    return not ((entry | change).get("RESIDENT") == 1 and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
 
 
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
     if entry.get("RESIDENT") == 1 and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
         return False
-    return max(_accumulators(kernel, entry, head_dim)) <= REGISTERS * 32 * entry["num_warps"]
+    return _accumulators(kernel, entry, head_dim) <= REGISTERS * 32 * entry["num_warps"]
 
 
-def _accumulators(kernel: str, entry: Entry, head_dim: int) -> Iterator[int]:
+def _accumulators(kernel: str, entry: Entry, head_dim: int) -> int:
     """The float32 numbers that a program holds at once, which is the least that it has registers for."""
     if kernel == "attention_fwd":
         keys = entry["tokens"] if entry["RESIDENT"] else entry["BLOCK_N"]
-        yield entry["BLOCK_M"] * (head_dim + keys)
-    elif kernel == "attention_bwd":
-        yield entry["KEYS_N"] * (2 * head_dim + entry["KEYS_M"])
-        yield entry["QUERIES_M"] * (head_dim + entry["QUERIES_N"])
+        return entry["BLOCK_M"] * (head_dim + keys)
+    elif kernel == "attention_bwd_keys":
+        return entry["BLOCK_N"] * (2 * head_dim + entry["BLOCK_M"])
+    elif kernel == "attention_bwd_queries":
+        return entry["BLOCK_M"] * (head_dim + entry["BLOCK_N"])
     else:
         rows, columns = {
             "patch_embed_fwd": ("BLOCK_M", "BLOCK_D"),
             "patch_embed_dweight": ("BLOCK_D", "BLOCK_K"),
             "patch_embed_dimages": ("BLOCK_M", "BLOCK_K"),
         }[kernel]
-        yield entry[rows] * entry[columns]
+        return entry[rows] * entry[columns]
