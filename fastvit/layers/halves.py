@@ -84,8 +84,8 @@ class MlpHalf(NamedTuple):
         return ops.layer_norm_mlp(x, **self.arguments, **branch, **handed, validate=False)
 
 
-# The moments of its tokens that the attention half of a block leaves for the MLP half, which runs next. They do
-# not go from one block to the next, between which a hook may write to the tokens past what torch records.
+# The moments of its tokens that the attention half of a block leaves for the MLP half, which runs next. They
+# do not go from one block to the next, between which a hook may write to tokens past what torch records.
 _between = threading.local()
 
 

@@ -78,10 +78,10 @@ def chained(call, norm="layer_norm", op=RESIDUAL):
     """What the next norm makes of the moments is within the contract, of QKV and of an MLP."""
     with torch.no_grad():
         out, moments = getattr(ops, op)(**call, with_moments=True)
-    width, dtype = out.shape[-1], str(out.dtype).removeprefix("torch.")
+    dtype = str(out.dtype).removeprefix("torch.")
+    sizes = dict(zip(("batch", "tokens", "width"), out.shape, strict=True))
     for taker in (LINEAR, MLP):
-        sizes = {"batch": 1, "tokens": 1, "width": width, "norm": norm, "affine": "weight"}
-        then = build(dtype, taker, **sizes) | {"x": out}
+        then = build(dtype, taker, **sizes, norm=norm, affine="weight") | {"x": out}
         within_contract(taker, then, taking(taker, moments))
 
 
@@ -156,7 +156,7 @@ def kernels_of(function):
 @pytest.mark.needs(runtime=True)
 @pytest.mark.parametrize(("mode", "width", "one"), [("bfloat16", 384, True), ("bfloat16", 131, False)])
 def test_it_is_what_runs(mode, width, one):
-    """One product, and no pass for the next norm's statistics; what TMA cannot address is served as before."""
+    """One product, and no pass for the next norm's statistics; what TMA cannot address is served too."""
     call = build(mode, batch=2, tokens=197, width=width, inner=width, sample_scale=False)
     then = build(mode, LINEAR, batch=2, tokens=197, width=width)
 
