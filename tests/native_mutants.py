@@ -259,31 +259,3 @@ _FOLDED = {
     ],
 }
 FOLDING_MUTANTS = [Mutant(file, *row) for file, rows in _FOLDED.items() for row in rows]
-
-# Of the moments that a product leaves: the check is one of test_row_moments.py's.
-_MOMENTS = {
-    "row_moments.h": [
-        ("means joined in equal shares", "share = quotient(b.count, count)", "share = 0.5f", "randn"),
-        ("what lies between means dropped", "apart * apart * (a.count * share)", "0 * share", "trend"),
-        ("a step of the lanes left out", "return sum + exchange(sum, 2);", "return 2 * sum;", "parts"),
-        ("columns that are not there", "(i) < count) sum +=", "(i) < 64) sum +=", "parts"),
-        ("spread of columns that are not there", "(i) < count) squares", "(i) < 64) squares", "parts"),
-        (
-            "the second tile for both",
-            "held = tile % kTogether == 0 ? own : joined(held, own)",
-            "held = own",
-            "parts",
-        ),
-        ("a part that never ends", "left > kTileColumns - kMomentColumns", "left > 0", "parts"),
-        (
-            "parts of one size",
-            "T(left < kMomentColumns ? left : kMomentColumns)",
-            "T(kMomentColumns)",
-            "randn",
-        ),
-        ("mean left out of the square", "rms ? variance + row.mean * row.mean : variance", "variance", "rms"),
-        ("eps dropped", " : variance) + eps)", " : variance) + 0 * eps)", "equal"),
-        ("plain squares", "squares += apart * apart", "squares += load(i) * load(i)", "offset"),
-    ],
-}
-MOMENT_MUTANTS = [Mutant(file, *row) for file, rows in _MOMENTS.items() for row in rows]

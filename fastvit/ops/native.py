@@ -214,12 +214,12 @@ def gives_moments(op: str, stream: Tensor, inputs: int, dtype: torch.dtype) -> b
     return _is_chosen("moments", op, stream, inputs, dtype, "fwd")
 
 
-def _is_chosen(form: str, op: str, x: Tensor, outputs: int, dtype: torch.dtype, direction: str) -> bool:
+def _is_chosen(form: str, op: str, x: Tensor, inside: int, dtype: torch.dtype, direction: str) -> bool:
     if _decided[form]:
         return _decided[form][-1]
     gpu, named = native_backend.machine_name("cuda"), str(dtype).removeprefix("torch.")
-    inner = "hidden" if op == "layer_norm_mlp" else "out"
-    sizes = {"width": x.shape[-1], inner: outputs, "rows": x.shape[0] * x.shape[1]}
+    inner = {"layer_norm_mlp": "hidden", "linear_residual": "in"}.get(op, "out")
+    sizes = {"width": x.shape[-1], inner: inside, "rows": x.shape[0] * x.shape[1]}
     return measurements.refusal(op, gpu, named, (direction,), form, sizes) is None
 
 
