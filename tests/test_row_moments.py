@@ -226,7 +226,7 @@ FAULTS = [
     (
         "parts of one size",
         "T(left < kMomentColumns ? left : kMomentColumns)",
-        "T(kMomentColumns)",
+        "T(left < 0 ? left : kMomentColumns)",
         "randn",
     ),
     ("mean left out of the square", "rms ? variance + row.mean * row.mean : variance", "variance", "rms"),
