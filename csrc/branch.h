@@ -9,15 +9,21 @@ namespace fastvit {
 struct BranchEnd {
   Tensor out;
   OptionalTensor product;  // x weight^T + bias, which LayerScale's gradient needs; absent without `save`
+  OptionalTensor moments;  // of out's rows, where they were asked for
 };
 
 inline BranchEnd branch_end(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const Tensor& residual, const OptionalTensor& layer_scale,
-                            const OptionalTensor& sample_scale, bool save, bool tf32) {
-  if (!sample_scale && !(layer_scale && save)) return {linear_add(x, weight, bias, layer_scale, residual, tf32), {}};
+                            const OptionalTensor& sample_scale, bool save, bool with_moments, bool tf32) {
+  if (!sample_scale && !(layer_scale && save)) {
+    if (!with_moments) return {linear_add(x, weight, bias, layer_scale, residual, tf32), {}, {}};
+    const WithMoments both = linear_add_with_moments(x, weight, bias, layer_scale, residual, tf32);
+    return {both.rows, {}, both.moments};
+  }
   const Tensor product = linear(x, weight, bias, tf32);
   const Tensor out = add_scaled(residual, product, layer_scale, sample_scale);
-  return {out, layer_scale && save ? OptionalTensor(product) : std::nullopt};
+  return {out, layer_scale && save ? OptionalTensor(product) : std::nullopt,
+          with_moments ? OptionalTensor(row_moments(out)) : std::nullopt};
 }
 
 // What of the branch's gradient is known before that of its product's operands.

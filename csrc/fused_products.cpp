@@ -1,11 +1,13 @@
-// Which products have the activation in their epilogue, or a norm folded into them, and the memory for them. The
-// kernels are fc1_*_sm90.cu.
+// Which products have the activation in their epilogue, or the residual, or a norm folded into them, and the memory for
+// them. The kernels are fc1_*_sm90.cu and residual_forward_sm90.cu.
 #include "fused_products.h"
 
 #if defined(FASTVIT_CUTLASS)
 
 #include "fc1_sm90.h"
 #include "launch_cuda.h"
+#include "residual_sm90.h"
+#include "row_moments.h"
 
 namespace fastvit {
 namespace {
@@ -22,14 +24,20 @@ std::optional<Half> half_of(ScalarType dtype) {
   return std::nullopt;
 }
 
-template <typename Call>
-void run(const Call& call, std::size_t tile, const Tensor& beside) {
+template <typename Workspace, typename Run>
+void run_with(const Tensor& beside, const char* what, const Workspace& workspace_of, const Run& run_on) {
   const Fc1Place place{static_cast<int>(multiprocessors(beside)), current_stream(beside)};
   const RelaxedCapture relaxed;
-  const auto bytes = static_cast<std::int64_t>(fc1_workspace(call, tile, place));
-  const Tensor workspace = empty_beside(beside, {bytes}, ScalarType::Byte);
-  const char* wrong = run_fc1(call, tile, place, workspace.data_ptr());
-  STD_TORCH_CHECK(wrong == nullptr, current_op, ": the product with the activation: ", wrong);
+  const Tensor workspace = empty_beside(beside, {static_cast<std::int64_t>(workspace_of(place))}, ScalarType::Byte);
+  const char* wrong = run_on(place, workspace.data_ptr());
+  STD_TORCH_CHECK(wrong == nullptr, current_op, ": the product with the ", what, ": ", wrong);
+}
+
+template <typename Call>
+void run(const Call& call, std::size_t tile, const Tensor& beside) {
+  run_with(
+      beside, "activation", [&](const Fc1Place& place) { return fc1_workspace(call, tile, place); },
+      [&](const Fc1Place& place, void* workspace) { return run_fc1(call, tile, place, workspace); });
 }
 
 const void* address(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
@@ -54,11 +62,12 @@ std::optional<Activated> fused_activated(const Tensor& x, const Tensor& weight, 
   return Activated{activated, before};
 }
 
-// x [T, K] is read twice, by its statistics (8 bytes a row) and by the product. A norm of its own reads it once and
-// writes as much, which the product reads: spared are 2 T K bytes, and as much memory. float16 overflows nowhere, as
+// x [T, K] is read twice, by its statistics (8 bytes a row) and by the product, or once where its moments are there. A
+// norm of its own reads it once and writes as much, which the product reads: spared are 2 T K bytes, and as much memory.
+// float16 overflows nowhere, as
 // rows are no larger than they are and sums are in float32.
 OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vector<Tensor>& folded,
-                             std::optional<Activation> activation) {
+                             std::optional<Activation> activation, const OptionalTensor& moments) {
   if (folded.empty()) return std::nullopt;
   STD_TORCH_CHECK(folded.size() == 3, current_op, ": a folded norm is a weight, sums and a bias");
   const Tensor rows = packed(x), matrix = packed(folded[0]), sums = packed(folded[1]), bias = packed(folded[2]);
@@ -71,7 +80,7 @@ OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vecto
   const std::optional<Half> half = half_of(dtype);
   if (!half || matrix.scalar_type() != dtype || !is_hopper(x)) return std::nullopt;
   if (!fits(out, {rows.data_ptr(), matrix.data_ptr()})) return std::nullopt;
-  const Statistics of = norm_statistics(rows, norm);
+  const Statistics of = moments ? statistics_of_moments(*moments, rows, norm) : norm_statistics(rows, norm);
   const Tensor result = empty_beside(x, {out.rows, out.columns}, dtype);
   const Fc1Folded call{out,
                        rows.data_ptr(),
@@ -85,6 +94,34 @@ OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vecto
                        activation};
   run(call, tile_for(out, static_cast<int>(multiprocessors(x))), x);
   return result;
+}
+
+std::optional<WithMoments> fused_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& layer_scale, const Tensor& residual) {
+  const ScalarType dtype = x.scalar_type();
+  const std::optional<Half> half = half_of(dtype);
+  if (!half || weight.scalar_type() != dtype || residual.scalar_type() != dtype || !is_hopper(x)) return std::nullopt;
+  const Tensor rows = packed(x), matrix = packed(weight), around = packed(residual);
+  const auto ready = [&](const OptionalTensor& t) { return t ? OptionalTensor(packed(as_dtype(*t, dtype))) : t; };
+  const OptionalTensor vector = ready(bias), scale = ready(layer_scale);
+  const Extent out{rows.size(0), matrix.size(0), rows.size(1)};
+  if (!fits(out, {rows.data_ptr(), matrix.data_ptr(), around.data_ptr()})) return std::nullopt;
+  const Tensor result = empty_like_as(around, dtype);
+  const Tensor moments = empty_beside(x, {moment_parts(out.columns), out.rows, 2}, ScalarType::Float);
+  const Residual call{out,
+                      rows.data_ptr(),
+                      matrix.data_ptr(),
+                      around.data_ptr(),
+                      address(vector),
+                      address(scale),
+                      result.data_ptr(),
+                      output_of<float>(moments),
+                      *half};
+  const std::size_t tile = tile_for(out, static_cast<int>(multiprocessors(x)));
+  run_with(
+      x, "residual", [&](const Fc1Place& place) { return residual_workspace(call, tile, place); },
+      [&](const Fc1Place& place, void* workspace) { return run_residual(call, tile, place, workspace); });
+  return WithMoments{result, moments};
 }
 
 std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, const Tensor& weight,
@@ -129,7 +166,13 @@ std::optional<Activated> fused_activated(const Tensor&, const Tensor&, const Opt
   return std::nullopt;
 }
 
-OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>) {
+OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>,
+                             const OptionalTensor&) {
+  return std::nullopt;
+}
+
+std::optional<WithMoments> fused_residual(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                          const Tensor&) {
   return std::nullopt;
 }
 

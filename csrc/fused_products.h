@@ -1,4 +1,4 @@
-// Products with the activation in their epilogue on a GPU, or nothing where there is no kernel for the call: for
+// Products with more in their epilogue on a GPU, or nothing where there is no kernel for the call: for
 // another architecture, dtype or alignment, or in a library that was built without CUTLASS.
 #pragma once
 
@@ -12,5 +12,9 @@ std::optional<Activated> fused_activated(const Tensor& x, const Tensor& weight, 
 std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, const Tensor& weight,
                                                            const Tensor& before, Activation activation,
                                                            bool needs_bias);
+
+// residual + layer_scale * (x weight^T + bias), and its moments.
+std::optional<WithMoments> fused_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& layer_scale, const Tensor& residual);
 
 }  // namespace fastvit

@@ -64,10 +64,6 @@ T* output_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-struct Statistics {
-  Tensor mean, rstd;  // [T], float32; mean is [0] for RMSNorm
-};
-
 // What a norm takes from each row of x, which is read once, and nothing else.
 Statistics norm_statistics(const Tensor& x, const Norm& norm);
 

@@ -24,17 +24,17 @@ Tensor linear_of_all(const Tensor& x, const Tensors& weights, const Tensors& bia
 }  // namespace
 
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
-                                Tensors biases, double eps, std::string norm, Tensors folded, bool save,
-                                bool tf32) {
+                                Tensors biases, double eps, std::string norm, Tensors folded,
+                                OptionalTensor moments, bool save, bool tf32) {
   STD_TORCH_CHECK(!weights.empty() && (biases.empty() || weights.size() == biases.size()),
                   "layer_norm_linear: a weight at least is wanted, and a bias for each or none");
   const Scope scope("layer_norm_linear", x, weights[0]);
   const Norm how{norm_weight, norm_bias, norm == "rms_norm", eps};
   const Tensor rows = as_rows(x);
   if (!save) {
-    if (auto out = folded_linear(rows, how, folded, std::nullopt)) return {shaped_like(x, *out), {}};
+    if (auto out = folded_linear(rows, how, folded, std::nullopt, moments)) return {shaped_like(x, *out), {}};
   }
-  const Normalized h = norm_rows(rows, how, weights[0].scalar_type());
+  const Normalized h = norm_rows(rows, how, weights[0].scalar_type(), moments);
   const Tensor out = shaped_like(x, linear_of_all(h.rows, weights, biases, tf32));
   return {out, save ? Tensors{h.mean, h.rstd} : Tensors{}};
 }

@@ -39,8 +39,8 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, Tensors folded, bool save, bool fused,
-                             bool tf32) {
+                             std::string activation, std::string norm, Tensors folded, OptionalTensor moments, bool save,
+                             bool with_moments, bool fused, bool tf32) {
   const Scope scope("layer_norm_mlp", x, fc1_weight);
   const Activation act = activation_named(activation);
   const bool rms = norm == "rms_norm", gated = activation == "swiglu";
@@ -50,9 +50,9 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
   Tensors saved;
 
   Tensor a;
-  if (auto one = gated || save ? std::nullopt : folded_linear(residual, outer, folded, act)) {
+  if (auto one = gated || save ? std::nullopt : folded_linear(residual, outer, folded, act, moments)) {
     a = *one;
-  } else if (const Normalized h = norm_rows(residual, outer, dtype); gated) {
+  } else if (const Normalized h = norm_rows(residual, outer, dtype, moments); gated) {
     const Tensor fc1 = linear(h.rows, fc1_weight, fc1_bias, tf32);
     OptionalTensor own_gate;
     if (gate_weight) own_gate = linear(h.rows, *gate_weight, gate_bias, tf32);
@@ -69,8 +69,11 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
     a = inner.rows;
     if (save) saved.insert(saved.end(), {inner.mean, inner.rstd});
   }
-  const BranchEnd end = branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, save, tf32);
-  if (end.product) saved.push_back(*end.product);
+  const BranchEnd end =
+      branch_end(a, fc2_weight, fc2_bias, residual, layer_scale, sample_scale, save, with_moments, tf32);
+  for (const OptionalTensor& beside : {end.product, end.moments}) {
+    if (beside) saved.push_back(*beside);
+  }
   return {shaped_like(x, end.out), saved};
 }
 

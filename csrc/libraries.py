@@ -18,7 +18,8 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 SHARED = ("layer_norm_linear.cpp", "linear_residual.cpp", "layer_norm_mlp.cpp", "registration.cpp")
-CPU = ("rows_cpu.cpp", "products_cpu.cpp", "attention_cpu.cpp", "weight_samples_cpu.cpp")
+CPU = ("rows_cpu.cpp", "row_moments_cpu.cpp", "products_cpu.cpp", "attention_cpu.cpp")
+CPU += ("weight_samples_cpu.cpp",)
 LOOPS = ("row_loops", "panels", "attention_heads")
 # Vector instructions that its loops are compiled for; the library takes the best at run time.
 LEVELS = {"base": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}

@@ -6,11 +6,13 @@
 namespace fastvit {
 
 WithSaved linear_residual_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual,
-                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool tf32) {
+                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool with_moments,
+                              bool tf32) {
   const Scope scope("linear_residual", x, weight);
   const Tensor rows = as_dtype(as_rows(x), weight.scalar_type());
-  const BranchEnd end = branch_end(rows, weight, bias, as_rows(residual), layer_scale, sample_scale, save, tf32);
-  return {shaped_like(residual, end.out), present({end.product})};
+  const BranchEnd end =
+      branch_end(rows, weight, bias, as_rows(residual), layer_scale, sample_scale, save, with_moments, tf32);
+  return {shaped_like(residual, end.out), present({end.product, end.moments})};
 }
 
 Tensors linear_residual_bwd(Tensor grad, Tensor x, Tensors saved, Tensor weight, OptionalTensor layer_scale,

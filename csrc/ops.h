@@ -4,6 +4,8 @@
 // precision (autocast); every other tensor of a product has the weights' dtype. A backward op takes `needs`, a
 // bit for each input that can have a gradient, in the order of the arguments, and returns those gradients.
 // `folded` is as in products.h: it serves calls that save nothing, and any other has the norm and weight beside it.
+// `moments` are those of x as row_moments has them (rows.h), or absent; `with_moments` asks for those of the output,
+// which come after what is saved.
 #pragma once
 
 #include <tuple>
@@ -17,14 +19,15 @@ using WithSaved = std::tuple<Tensor, Tensors>;
 
 // Of several weights (q, k and v, say) the outputs are side by side; biases are as many, or none.
 WithSaved layer_norm_linear_fwd(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensors weights,
-                                Tensors biases, double eps, std::string norm, Tensors folded, bool save,
-                                bool tf32);
+                                Tensors biases, double eps, std::string norm, Tensors folded,
+                                OptionalTensor moments, bool save, bool tf32);
 Tensors layer_norm_linear_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                               OptionalTensor norm_bias, Tensor weight, double eps, std::string norm,
                               std::int64_t needs, bool tf32);
 
 WithSaved linear_residual_fwd(Tensor x, Tensor weight, OptionalTensor bias, Tensor residual,
-                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool tf32);
+                              OptionalTensor layer_scale, OptionalTensor sample_scale, bool save, bool with_moments,
+                              bool tf32);
 Tensors linear_residual_bwd(Tensor grad, Tensor x, Tensors saved, Tensor weight, OptionalTensor layer_scale,
                             OptionalTensor sample_scale, std::int64_t needs, bool tf32);
 
@@ -33,8 +36,8 @@ WithSaved layer_norm_mlp_fwd(Tensor x, OptionalTensor norm_weight, OptionalTenso
                              OptionalTensor gate_weight, OptionalTensor gate_bias,
                              OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,
                              OptionalTensor layer_scale, OptionalTensor sample_scale, double eps,
-                             std::string activation, std::string norm, Tensors folded, bool save, bool fused,
-                             bool tf32);
+                             std::string activation, std::string norm, Tensors folded, OptionalTensor moments, bool save,
+                             bool with_moments, bool fused, bool tf32);
 Tensors layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensors saved, OptionalTensor norm_weight,
                            OptionalTensor norm_bias, Tensor fc1_weight, Tensor fc2_weight,
                            OptionalTensor gate_weight, OptionalTensor inner_norm_weight, OptionalTensor inner_norm_bias,

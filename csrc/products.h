@@ -26,6 +26,15 @@ void linear_into(Tensor out, const Tensor& x, const Tensor& weight, const Option
 Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
                   const Tensor& residual, bool tf32);
 
+struct WithMoments {
+  Tensor rows;
+  Tensor moments;  // of the rows, as row_moments has them
+};
+
+// The same with the moments of what it returns, by one product where a GPU has a kernel for it.
+WithMoments linear_add_with_moments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& layer_scale, const Tensor& residual, bool tf32);
+
 struct Activated {
   Tensor rows;
   OptionalTensor before;  // x weight^T + bias, where it was asked for
@@ -38,9 +47,10 @@ Activated linear_activated(const Tensor& x, const Tensor& weight, const Optional
 
 // activation(norm(x) W^T + b), or that without an activation, where it can be had from x as it is; else nothing, as on
 // a CPU. `folded` is empty, or what becomes of the norm's parameters, W and b: W' [D, K] in the dtype of x, the sums
-// of its rows and a bias, both [D] in float32. The norm's own weight and bias are not read again.
+// of its rows and a bias, both [D] in float32. The norm's own weight and bias are not read again, nor are the rows for
+// their statistics where their moments are there.
 OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vector<Tensor>& folded,
-                             std::optional<Activation> activation);
+                             std::optional<Activation> activation, const OptionalTensor& moments);
 
 // grad weight, for grad [T, D]: the gradient of x.
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight, bool tf32);

@@ -206,6 +206,12 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
               std::array{from(x), from(residual), from(dense(weight)), from(dense(bias)), from(std::string("add"))});
 }
 
+WithMoments linear_add_with_moments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& layer_scale, const Tensor& residual, bool tf32) {
+  const Tensor out = linear_add(x, weight, bias, layer_scale, residual, tf32);
+  return {out, row_moments(out)};
+}
+
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            Activation activation, bool keep_before, bool, bool) {
   const std::optional<Post> post = post_for(activation);
@@ -217,7 +223,8 @@ Activated linear_activated(const Tensor& x, const Tensor& weight, const Optional
   return {activate(before, {}, activation), keep_before ? OptionalTensor(before) : std::nullopt};
 }
 
-OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>) {
+OptionalTensor folded_linear(const Tensor&, const Norm&, const std::vector<Tensor>&, std::optional<Activation>,
+                             const OptionalTensor&) {
   return std::nullopt;
 }
 

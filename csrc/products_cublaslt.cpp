@@ -71,6 +71,13 @@ Tensor linear_add(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   return add_scaled(around, linear(rows, matrix, bias, tf32), layer_scale, std::nullopt);
 }
 
+WithMoments linear_add_with_moments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& layer_scale, const Tensor& residual, bool tf32) {
+  if (auto one = fused_residual(x, weight, bias, layer_scale, residual)) return *one;
+  const Tensor out = linear_add(x, weight, bias, layer_scale, residual, tf32);
+  return {out, row_moments(out)};
+}
+
 // The portable form is the product, then the activation in a pass of its own.
 Activated linear_activated(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            Activation activation, bool keep_before, bool fused, bool tf32) {

@@ -29,8 +29,34 @@ struct Norm {
 // LayerNorm or RMSNorm of each row of x, in dtype.
 Normalized norm_rows(const Tensor& x, const Norm& norm, ScalarType dtype);
 
+struct Statistics {
+  Tensor mean, rstd;  // [T], of statistics_dtype; mean is [0] for RMSNorm
+};
+
+// The moments of rows (row_moments.h) [moment_parts(D), T, 2] of statistics_dtype: of each part the mean, and the sum
+// of squares after it.
+Tensor row_moments(const Tensor& x);
+
+// Moments that came in, if they can be those of x in so many parts, without gaps.
+inline Tensor checked_moments(const Tensor& moments, const Tensor& x, std::int64_t parts) {
+  STD_TORCH_CHECK(moments.dim() == 3 && moments.size(0) == parts && moments.size(1) == x.size(0) &&
+                      moments.size(2) == 2 && moments.scalar_type() == statistics_dtype(x.scalar_type()),
+                  "moments do not fit rows of [", x.size(0), ", ", x.size(1), "]");
+  return packed(moments);
+}
+
+// What the norm takes from each of the rows x, from their moments.
+Statistics statistics_of_moments(const Tensor& moments, const Tensor& x, const Norm& norm);
+
 // The same rows again from their statistics.
 Tensor renorm_rows(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Norm& norm, ScalarType dtype);
+
+// norm_rows where the moments of x may be there: what else it would read the rows for once more.
+inline Normalized norm_rows(const Tensor& x, const Norm& norm, ScalarType dtype, const OptionalTensor& moments) {
+  if (!moments) return norm_rows(x, norm, dtype);
+  const Statistics of = statistics_of_moments(*moments, x, norm);
+  return {renorm_rows(x, of.mean, of.rstd, norm, dtype), of.mean, of.rstd};
+}
 
 // The norm's gradients from grad [T, D], of which some may not be needed. beside [T, D], in the dtype of x and
 // of any strides, is added to the gradient of x: what comes around the norm by the residual. The sums over T

@@ -72,7 +72,7 @@ def _product(rows: int, *widths: int) -> tuple[torch.Tensor, list[torch.Tensor],
 def _several() -> None:
     """Several weights, as they lie, give their outputs side by side."""
     x, weights, biases = _product(250, 48, 40, 33)
-    options = (1e-6, "layer_norm", [], False, False)
+    options = (1e-6, "layer_norm", [], None, False, False)
     out, _ = native.ops.layer_norm_linear_fwd(x, None, None, weights, biases, *options)
     normalised = F.layer_norm(x.double(), (300,), eps=1e-6)
     _near(out, F.linear(normalised, torch.cat(weights).double(), torch.cat(biases).double()))
@@ -82,7 +82,7 @@ def _layer_scale() -> None:
     """LayerScale as a vector in the product's epilogue."""
     x, (weight,), (bias,) = _product(250, 40)
     residual, scale = torch.randn(1, 250, 40), torch.randn(40)
-    out, _ = native.ops.linear_residual_fwd(x, weight, bias, residual, scale, None, False, False)
+    out, _ = native.ops.linear_residual_fwd(x, weight, bias, residual, scale, None, False, False, False)
     _near(out, residual + scale * F.linear(x.double(), weight.double(), bias.double()))
 
 

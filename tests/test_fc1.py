@@ -51,7 +51,7 @@ def fc1(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("fc1"))
 
 
-def compiled_with(mutant, folder):
+def compiled_with(mutant, folder, compiled=compiled):
     """The same of a copy that has the fault in it."""
     sources = folder / "csrc"
     shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.cpp", "*.py", "__pycache__"))

@@ -192,5 +192,13 @@ def test_fc1_parity(monkeypatch):
     assert run_cases(module, without) > 150
 
 
+def test_moments_parity(monkeypatch):
+    module = load("test_moments_parity")
+    monkeypatch.setattr(module, "judged", lambda call, op=module.RESIDUAL, **_: _is_taken(op, call))
+    monkeypatch.setattr(module, "chained", lambda call, *_: _is_taken(module.RESIDUAL, call))
+    without = ("test_the_same_bits_on_every_run", "test_it_is_what_runs", "test_in_a_graph")
+    assert run_cases(module, without) > 80
+
+
 def _is_taken(op, call):
     assert served.refusal(op, call, backward=True) is None

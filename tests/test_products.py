@@ -40,7 +40,9 @@ def weights_and_biases(dtype):
 
 
 def fwd(x, norm, weights, biases, save=False):
-    return native.ops.layer_norm_linear_fwd(x, *norm, weights, biases, 1e-6, "layer_norm", [], save, False)
+    return native.ops.layer_norm_linear_fwd(
+        x, *norm, weights, biases, 1e-6, "layer_norm", [], None, save, False
+    )
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
@@ -84,7 +86,9 @@ def test_layer_scale_as_a_vector(_threads, dtype, rows):
     residual = of(dtype, 2, rows, 33)[:1]
     truth = residual.double() + scale.double() * F.linear(x.double(), weight.double(), bias.double())
     for save in (False, True):
-        out, saved = native.ops.linear_residual_fwd(x, weight, bias, residual, scale, None, save, False)
+        out, saved = native.ops.linear_residual_fwd(
+            x, weight, bias, residual, scale, None, save, False, False
+        )
         assert len(saved) == save
         near(out, truth)
 
@@ -93,5 +97,5 @@ def test_layer_scale_of_another_dtype():
     x, weight = of(torch.float32, 1, 40, 48), of(torch.float32, 33, 48)
     residual = of(torch.float32, 1, 40, 33)
     scale = of(torch.bfloat16, 33)
-    out, _ = native.ops.linear_residual_fwd(x, weight, None, residual, scale, None, False, False)
+    out, _ = native.ops.linear_residual_fwd(x, weight, None, residual, scale, None, False, False, False)
     near(out, residual.double() + scale.double() * F.linear(x.double(), weight.double()))

@@ -11,6 +11,7 @@ from fastvit.accelerate import accelerate
 
 from .. import bench_layer_norm_linear, bench_layer_norm_mlp
 from ..halves import on_backend
+from ..handed_on import HandedOn, handing_on
 from ..op_bench import Case, Provider, differentiated
 from ..recorded import Recorded
 from ..roofline import DTYPES, products_in
@@ -99,3 +100,12 @@ def folded() -> Iterator[Asked]:
             library = differentiated(partial(on_backend(case, "cuda"), frozen=True))
             both = (bench_layer_norm_mlp.with_fc1(library, True, folded=on) for on in (False, True))
             yield Asked(Point(case.op, dtype, "fwd", "folded", bounds | inner, False, 0.0), case, *both)
+
+
+def moments() -> Iterator[Asked]:
+    """The projection that leaves moments for the MLP's norm beside one after which they take a pass."""
+    for dtype, width, batch in product(("bfloat16", "float16"), FUSED_WIDTHS, BATCHES):
+        case = HandedOn("fwd", dtype, batch, 197, width)
+        bounds = {"width": width, "in": width, "rows": batch * 197}
+        point = Point(case.op, dtype, "fwd", "moments", bounds, False, 0.0)
+        yield Asked(point, case, *(handing_on(on) for on in (False, True)))

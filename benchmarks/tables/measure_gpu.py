@@ -4,8 +4,9 @@
 
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
 and float32, forward and backward, at batches of 1 to 256. After them, on Hopper, whether fc1 is to have its
-activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded"). Each is
-measured as Python calls it and in a graph, which are two verdicts.
+activation in its epilogue (rows with the options "fused"), QKV and it the norm before ("folded"), and whether
+the projection is to leave what that norm wants to know of the tokens ("moments"). Each is measured as Python
+calls it and in a graph, which are two verdicts.
 kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this
 one ended, and with ``--tried`` without the call that it died of.
 """
@@ -33,7 +34,7 @@ from ..attempts import Attempts
 from ..gpu.facts import HOPPER, slug
 from ..machine import machine, sources
 from ..op_bench import run_case
-from .gpu_questions import MODELS, MODES, Asked, folded, fused, of_models
+from .gpu_questions import MODELS, MODES, Asked, folded, fused, moments, of_models
 from .measured_table import Point, table
 
 ROUNDS, SECONDS = 15, 0.05
@@ -159,7 +160,7 @@ def main(
     how = {"deadline": deadline, "say": print, "attempts": Attempts(tried)}
     count += run(of_models(device, MODELS[:models], [m for m in MODES if m in modes]), measure, book, **how)
     if torch.cuda.get_device_capability(device) == HOPPER and extension.build_info().cutlass != "none":
-        asked = (one for one in chain(fused(), folded()) if one.point.dtype in modes)
+        asked = (one for one in chain(fused(), folded(), moments()) if one.point.dtype in modes)
         count += run(asked, measure, book, **how)
     right = [point for point in book.points.values() if point.ok]
     eager = sum(point.ratio >= 1 for point in right)

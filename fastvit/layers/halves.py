@@ -4,6 +4,8 @@ What a half computes with is gathered from the modules first, which raises Unfus
 run its own forward; nothing has been computed then.
 """
 
+import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -61,7 +63,12 @@ class AttentionHalf(NamedTuple):
         packed = ops.layer_norm_linear(x, norm.weight, norm.bias, weight, self.qkv_bias, **given)
         tokens = self.attend(packed, **options)
         branch = self.branch.arguments(x)
-        return ops.linear_residual(tokens, self.proj_weight, self.proj_bias, x, **branch, validate=False)
+        ending = (tokens, self.proj_weight, self.proj_bias, x)
+        if not _may_hand_on(x, self.branch):
+            return ops.linear_residual(*ending, **branch, validate=False)
+        out, moments = ops.linear_residual(*ending, **branch, with_moments=True, validate=False)
+        _between.handed = None if moments is None else (weakref.ref(out), _version(out), moments)
+        return out
 
 
 class MlpHalf(NamedTuple):
@@ -72,7 +79,33 @@ class MlpHalf(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D]."""
-        return ops.layer_norm_mlp(x, **self.arguments, **self.branch.arguments(x), validate=False)
+        handed = {} if (moments := _handed_on(x)) is None else {"moments": moments}
+        branch = self.branch.arguments(x)
+        return ops.layer_norm_mlp(x, **self.arguments, **branch, **handed, validate=False)
+
+
+# The moments of its tokens that the attention half of a block leaves for the MLP half, which runs next. They
+# do not go from one block to the next, between which a hook may write to tokens past what torch records.
+_between = threading.local()
+
+
+def _may_hand_on(x: Tensor, branch: Branch) -> bool:
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    return branch.frozen and plain and not torch.is_grad_enabled()
+
+
+def _handed_on(x: Tensor) -> Tensor | None:
+    """The moments of these very tokens, if they were handed on and nothing was written to them since."""
+    if torch.compiler.is_compiling() or (handed := getattr(_between, "handed", None)) is None:
+        return None
+    _between.handed = None
+    tokens, version, moments = handed
+    return moments if tokens() is x and version == _version(x) else None
+
+
+def _version(x: Tensor) -> int | None:
+    """How often it was written to, of which torch keeps no count in inference mode."""
+    return None if x.is_inference() else x._version
 
 
 def run_attention(x: Tensor, half: AttentionHalf, settings: Settings, **options) -> Tensor:

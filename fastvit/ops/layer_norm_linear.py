@@ -21,6 +21,7 @@ def layer_norm_linear(
     eps: float = 1e-6,
     norm: str = "layer_norm",
     frozen: bool = False,
+    moments: Tensor | None = None,
     validate: bool = True,
 ) -> Tensor:
     """linear(norm(x)).
@@ -34,6 +35,8 @@ def layer_norm_linear(
         norm: "layer_norm" or "rms_norm".
         frozen: where no gradient is recorded, copies of norm and weights may be kept, packed and folded; they
             follow what `fastvit.accelerate` says of its mode "inference".
+        moments: what `linear_residual` or `layer_norm_mlp` returned beside x, or None: where no gradient is
+            recorded the norm's statistics are taken from them. They must be of x as it is now.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
@@ -49,16 +52,16 @@ def layer_norm_linear(
     inputs = (x, norm_weight, norm_bias, weight, bias)
     tensors = (x, norm_weight, norm_bias, *several(weight), *several(bias))
     if overridden(tensors):
-        return handle_torch_function(layer_norm_linear, tensors, *inputs, eps=eps, norm=norm, frozen=frozen)
+        options = {"eps": eps, "norm": norm, "frozen": frozen, "moments": moments}
+        return handle_torch_function(layer_norm_linear, tensors, *inputs, **options)
     if validate:
         _check(*inputs, norm)
     backend = backends.resolve("layer_norm_linear", *inputs, eps=eps, norm=norm, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .layer_norm_linear_native import layer_norm_linear as native
 
-        return native(
-            x, norm_weight, norm_bias, several(weight), several(bias), eps=eps, norm=norm, frozen=frozen
-        )
+        parameters = norm_weight, norm_bias, several(weight), several(bias)
+        return native(x, *parameters, eps=eps, norm=norm, frozen=frozen, moments=moments)
     if is_asking():
         width = sum(map(len, several(weight)))
         return x.new_empty((*x.shape[:-1], width), dtype=compute_dtype(several(weight)[0]))

@@ -20,6 +20,7 @@ def layer_norm_linear(
     eps: float,
     norm: str,
     frozen: bool,
+    moments: Tensor | None,
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
     dtype = compute_dtype(weights[0])
@@ -31,7 +32,7 @@ def layer_norm_linear(
     inputs = (x, norm_weight, norm_bias, list(weights), list(biases))
     if registration.records_gradients(x, norm_weight, norm_bias, *weights, *biases):
         return _recorded(*inputs, eps, norm, dtype, frozen)
-    return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen)[0]
+    return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen, moments)[0]
 
 
 def _recorded(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, frozen):
@@ -62,25 +63,25 @@ class _LayerNormLinear(Function):
         return *[next(given) if needed else None for needed in needs], None, None
 
 
-def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
+def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen, moments=None):
     folded = []
     if frozen and native.folds("layer_norm_linear", x, weights, dtype):
         folded = native.folded(norm_weight, norm_bias, weights, biases, dtype)
     product = native.product(x, weights, biases, None, dtype, frozen)
-    given = (x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, save)
+    given = (x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, moments, save)
     return native.ops.layer_norm_linear_fwd(*given, native.allows_tf32(x))
 
 
-def _fwd_shapes(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
+def _fwd_shapes(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen, moments=None):
     out = x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)), dtype=dtype)
     return out, native.statistics_shapes(x, x.shape[0] * x.shape[1], norm, dtype) if save else []
 
 
-def _fwd_autograd(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen):
+def _fwd_autograd(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen, moments=None):
     inputs = (x, norm_weight, norm_bias, weights, biases)
     if needs_gradient(x, norm_weight, norm_bias, *weights, *biases):
         return _recorded(*inputs, eps, norm, dtype, frozen), []
-    return registration.below_autograd(_fwd, *inputs, eps, norm, dtype, save, frozen)
+    return registration.below_autograd(_fwd, *inputs, eps, norm, dtype, save, frozen, moments)
 
 
 def _bwd_kernels(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs):
@@ -95,8 +96,8 @@ def _bwd_shapes(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs
 
 
 _fwd = registration.register(
-    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool save, bool frozen) "
-    "-> (Tensor, Tensor[])",
+    f"layer_norm_linear_fwd({INPUTS}, float eps, str norm, ScalarType dtype, bool save, bool frozen, "
+    "Tensor? moments=None) -> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

@@ -30,8 +30,10 @@ def layer_norm_mlp(
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
     frozen: bool = False,
+    moments: Tensor | None = None,
+    with_moments: bool = False,
     validate: bool = True,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """x + sample_scale * layer_scale * fc2(inner_norm(act(fc1(norm(x))))).
 
     Args:
@@ -51,10 +53,13 @@ def layer_norm_mlp(
         frozen: where no gradient is recorded, copies of the weights may be kept, packed, and LayerScale and
             the norm folded in, which rounds otherwise; they follow what `fastvit.accelerate` says of its mode
             "inference".
+        moments: what `linear_residual` or this op returned beside x, or None: where no gradient is recorded
+            the norm's statistics are taken from them. They must be of x as it is now.
+        with_moments: return those of the result too, as `linear_residual` does.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
-        [B, N, D], contiguous.
+        [B, N, D], contiguous; with ``with_moments`` beside it its moments or None.
 
     Raises:
         ValueError: for a wrong rank, shape or device, an unknown activation or norm, a gate without "swiglu",
@@ -76,17 +81,19 @@ def layer_norm_mlp(
     options = {"eps": eps, "activation": activation, "norm": norm, **optional}
     tensors = (*required, *optional.values())
     if overridden(tensors):
-        return handle_torch_function(layer_norm_mlp, tensors, *required, **options, frozen=frozen)
+        options |= {"frozen": frozen, "moments": moments, "with_moments": with_moments}
+        return handle_torch_function(layer_norm_mlp, tensors, *required, **options)
     if validate:
         _check(*required, activation, norm, **optional)
     backend = backends.resolve("layer_norm_mlp", *required, **options, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .layer_norm_mlp_native import layer_norm_mlp as native
 
-        return native(*required, **options, frozen=frozen)
-    if is_asking():
-        return x.new_empty(x.shape)
-    return reference(*required, **options)
+        given = {"frozen": frozen, "moments": moments, "with_moments": with_moments}
+        out, own = native(*required, **options, **given)
+        return (out, own) if with_moments else out
+    out = x.new_empty(x.shape) if is_asking() else reference(*required, **options)
+    return (out, None) if with_moments else out
 
 
 def _check(

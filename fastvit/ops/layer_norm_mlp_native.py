@@ -49,15 +49,38 @@ class Inputs(NamedTuple):
         return self._replace(**{name: t.to(dtype) for name, t in given.items() if t is not None})
 
 
+class Options(NamedTuple):
+    """What follows them in the forward op."""
+
+    eps: float
+    activation: str
+    norm: str
+    dtype: torch.dtype
+    frozen: bool
+    save: bool
+    moments: Tensor | None = None
+    with_moments: bool = False
+
+
 def layer_norm_mlp(
-    *first: Tensor | None, eps: float, activation: str, norm: str, frozen: bool, **rest
-) -> Tensor:
+    *first: Tensor | None,
+    eps: float,
+    activation: str,
+    norm: str,
+    frozen: bool,
+    moments: Tensor | None,
+    with_moments: bool,
+    **rest: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """The public op's call; under autocast products are in low precision, and the sum as x is."""
     inputs = Inputs(*first, **rest)
     dtype = compute_dtype(inputs.fc1_weight)
     if registration.records_gradients(*inputs):
-        return _recorded(inputs, eps, activation, norm, dtype, frozen)
-    return registration.call(_fwd, *inputs, eps, activation, norm, dtype, frozen, False)[0]
+        return _recorded(inputs, eps, activation, norm, dtype, frozen), None
+    with_moments = with_moments and native.gives_moments(OP, inputs.x, inputs.fc2_weight.shape[1], dtype)
+    options = Options(eps, activation, norm, dtype, frozen, False, moments, with_moments)
+    out, given = registration.call(_fwd, *inputs, *options)
+    return out, given[0] if given else None
 
 
 def _recorded(inputs, eps, activation, norm, dtype, frozen):
@@ -91,7 +114,8 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
 
 
 def _fwd_kernels(*arguments):
-    inputs, (eps, activation, norm, dtype, frozen, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, options = Inputs(*arguments[:13]), Options(*arguments[13:])
+    eps, activation, norm, dtype, frozen, save, moments, with_moments = options
     ready, scale = inputs, {"fc2": inputs.layer_scale}
     for layer in ("fc1", "fc2", "gate") if inputs.gate_weight is not None else ("fc1", "fc2"):
         weight, bias = getattr(inputs, f"{layer}_weight"), getattr(inputs, f"{layer}_bias")
@@ -105,28 +129,30 @@ def _fwd_kernels(*arguments):
         biases = () if inputs.fc1_bias is None else (inputs.fc1_bias,)
         folded = native.folded(inputs.norm_weight, inputs.norm_bias, weights, biases, dtype)
     how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
-    return native.ops.layer_norm_mlp_fwd(*ready, eps, activation, norm, folded, save, *how)
+    given = (*ready, eps, activation, norm, folded, moments, save, with_moments)
+    return native.ops.layer_norm_mlp_fwd(*given, *how)
 
 
 def _fwd_shapes(*arguments):
-    inputs, (_, _, norm, dtype, _, save) = Inputs(*arguments[:13]), arguments[13:]
-    x, out = inputs.x, inputs.x.new_empty(inputs.x.shape)
-    if not save:
-        return out, []
+    inputs, options = Inputs(*arguments[:13]), Options(*arguments[13:])
+    x, out, norm, dtype = inputs.x, inputs.x.new_empty(inputs.x.shape), options.norm, options.dtype
+    moments = native.moments_shapes(x, options.with_moments)
+    if not options.save:
+        return out, moments
     rows = x.shape[0] * x.shape[1]
     products = [w for w in (inputs.fc1_weight, inputs.gate_weight) if w is not None]
     saved = native.statistics_shapes(x, rows, norm, dtype)
     saved += [x.new_empty((rows, weight.shape[0]), dtype=dtype) for weight in products]
     if inputs.inner_norm_weight is not None:
         saved += native.statistics_shapes(x, rows, norm, dtype)
-    return out, saved + native.product_shapes(x, inputs.layer_scale, dtype)
+    return out, saved + native.product_shapes(x, inputs.layer_scale, dtype) + moments
 
 
 def _fwd_autograd(*arguments):
-    inputs, (eps, activation, norm, dtype, frozen, save) = Inputs(*arguments[:13]), arguments[13:]
+    inputs, options = Inputs(*arguments[:13]), Options(*arguments[13:])
     if needs_gradient(*inputs):
-        return _recorded(inputs, eps, activation, norm, dtype, frozen), []
-    return registration.below_autograd(_fwd, *inputs, eps, activation, norm, dtype, frozen, save)
+        return _recorded(inputs, *options[:5]), []
+    return registration.below_autograd(_fwd, *arguments)
 
 
 def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
@@ -146,8 +172,8 @@ def _bwd_shapes(grad, saved, x, norm_weight, norm_bias, fc1_weight, fc2_weight, 
 
 
 _fwd = registration.register(
-    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool frozen, bool save) "
-    "-> (Tensor, Tensor[])",
+    f"layer_norm_mlp_fwd({INPUTS}, {OPTIONS}, ScalarType dtype, bool frozen, bool save, "
+    "Tensor? moments=None, bool with_moments=False) -> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

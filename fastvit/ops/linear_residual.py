@@ -19,8 +19,9 @@ def linear_residual(
     layer_scale: Tensor | None = None,
     sample_scale: Tensor | None = None,
     frozen: bool = False,
+    with_moments: bool = False,
     validate: bool = True,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """residual + sample_scale * layer_scale * linear(x).
 
     Args:
@@ -33,10 +34,13 @@ def linear_residual(
         frozen: where no gradient is recorded, a copy of the weight may be kept, packed and with LayerScale
             multiplied in, which rounds otherwise than a factor; it follows what `fastvit.accelerate` says of
             its mode "inference".
+        with_moments: return the moments of the result too, by which the next norm need not read it:
+            `layer_norm_mlp` and `layer_norm_linear` take them.
         validate: False skips the checks below; fastvit's modules do, whose parameters fit each other.
 
     Returns:
-        [B, N, D], contiguous.
+        [B, N, D], contiguous; with ``with_moments`` beside it [D / 64 rounded up, B * N, 2] in float32
+        (float64 of float64), or None where nothing is gained by them, or gradients are recorded.
 
     Raises:
         ValueError: for a wrong rank, shape or device.
@@ -48,17 +52,18 @@ def linear_residual(
     tensors = (x, weight, bias, residual, layer_scale, sample_scale)
     scales = {"layer_scale": layer_scale, "sample_scale": sample_scale}
     if overridden(tensors):
-        return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales, frozen=frozen)
+        options = {"frozen": frozen, "with_moments": with_moments}
+        return handle_torch_function(linear_residual, tensors, *tensors[:4], **scales, **options)
     if validate:
         _check(*tensors)
     backend = backends.resolve("linear_residual", *tensors[:4], **scales, frozen=frozen)
     if backend in ("cpp", "cuda"):
         from .linear_residual_native import linear_residual as native
 
-        return native(*tensors[:4], **scales, frozen=frozen)
-    if is_asking():
-        return residual.new_empty(residual.shape)
-    return reference(*tensors[:4], **scales)
+        out, moments = native(*tensors[:4], **scales, frozen=frozen, with_moments=with_moments)
+        return (out, moments) if with_moments else out
+    out = residual.new_empty(residual.shape) if is_asking() else reference(*tensors[:4], **scales)
+    return (out, None) if with_moments else out
 
 
 def _check(

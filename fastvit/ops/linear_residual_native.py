@@ -6,6 +6,7 @@ from torch.autograd import Function
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
 
+OP = "linear_residual"
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? sample_scale"
 
 
@@ -18,13 +19,16 @@ def linear_residual(
     layer_scale: Tensor | None,
     sample_scale: Tensor | None,
     frozen: bool,
-) -> Tensor:
+    with_moments: bool,
+) -> tuple[Tensor, Tensor | None]:
     """The public op's call; under autocast the product is in low precision, the sum as the residual is."""
     dtype = compute_dtype(weight)
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
     if registration.records_gradients(*inputs[:5]):
-        return _recorded(*inputs, dtype, frozen)
-    return registration.call(_fwd, *inputs, dtype, frozen, False)[0]
+        return _recorded(*inputs, dtype, frozen), None
+    with_moments = with_moments and native.gives_moments(OP, residual, x.shape[-1], dtype)
+    out, moments = registration.call(_fwd, *inputs, dtype, frozen, False, with_moments)
+    return out, moments[0] if moments else None
 
 
 def _recorded(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen):
@@ -54,24 +58,31 @@ class _LinearResidual(Function):
         return dx, dweight, dbias, grad if residual_needed else None, dscale, None
 
 
-def _fwd_kernels(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
+def _fwd_kernels(
+    x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save, with_moments=False
+):
     read = native.product(x, (weight,), () if bias is None else (bias,), layer_scale, dtype, frozen)
     return native.ops.linear_residual_fwd(
-        *(x, read.weights[0], read.bias, residual, read.layer_scale, sample_scale, save),
+        *(x, read.weights[0], read.bias, residual, read.layer_scale, sample_scale, save, with_moments),
         native.allows_tf32(x),
     )
 
 
-def _fwd_shapes(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
+def _fwd_shapes(
+    x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save, with_moments=False
+):
     out = residual.new_empty(residual.shape)
-    return out, native.product_shapes(residual, layer_scale, dtype) if save else []
+    saved = native.product_shapes(residual, layer_scale, dtype) if save else []
+    return out, saved + native.moments_shapes(residual, with_moments)
 
 
-def _fwd_autograd(x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save):
+def _fwd_autograd(
+    x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save, with_moments=False
+):
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
     if needs_gradient(*inputs):
         return _recorded(*inputs, dtype, frozen), []
-    return registration.below_autograd(_fwd, *inputs, dtype, frozen, save)
+    return registration.below_autograd(_fwd, *inputs, dtype, frozen, save, with_moments)
 
 
 def _bwd_kernels(grad, x, saved, weight, layer_scale, sample_scale, needs):
@@ -85,7 +96,8 @@ def _bwd_shapes(grad, x, saved, weight, layer_scale, sample_scale, needs):
 
 
 _fwd = registration.register(
-    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool frozen, bool save) -> (Tensor, Tensor[])",
+    f"linear_residual_fwd({INPUTS}, ScalarType dtype, bool frozen, bool save, bool with_moments=False) "
+    "-> (Tensor, Tensor[])",
     _fwd_kernels,
     _fwd_shapes,
     _fwd_autograd,

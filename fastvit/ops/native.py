@@ -31,15 +31,17 @@ MLP_SAVED_WEIGHTS = (
 )
 SCHEMAS = (
     "layer_norm_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, "
-    "Tensor[] biases, float eps, str norm, Tensor[] folded, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "Tensor[] biases, float eps, str norm, Tensor[] folded, Tensor? moments, bool save, bool tf32) "
+    "-> (Tensor, Tensor[])",
     "layer_norm_linear_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor weight, float eps, str norm, int needs, bool tf32) -> Tensor[]",
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, "
-    "Tensor? sample_scale, bool save, bool tf32) -> (Tensor, Tensor[])",
+    "Tensor? sample_scale, bool save, bool with_moments, bool tf32) -> (Tensor, Tensor[])",
     "linear_residual_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor weight, Tensor? layer_scale, "
     "Tensor? sample_scale, int needs, bool tf32) -> Tensor[]",
     f"layer_norm_mlp_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, {MLP_WEIGHTS}, float eps, "
-    "str activation, str norm, Tensor[] folded, bool save, bool fused, bool tf32) -> (Tensor, Tensor[])",
+    "str activation, str norm, Tensor[] folded, Tensor? moments, bool save, bool with_moments, bool fused, "
+    "bool tf32) -> (Tensor, Tensor[])",
     f"layer_norm_mlp_bwd(Tensor grad, Tensor x, Tensor[] saved, Tensor? norm_weight, Tensor? norm_bias, "
     f"{MLP_SAVED_WEIGHTS}, float eps, str activation, str norm, int needs, bool fused, bool tf32) "
     "-> Tensor[]",
@@ -54,6 +56,7 @@ ops = getattr(torch.ops, f"{NAMESPACE}_native")
 # Of so few rows oneDNN's products are less exact than MKL's by more than the contract allows.
 FEW_ROWS = 16
 PANEL = 16  # rows of a weight
+MOMENT_COLUMNS = 64  # as csrc/row_moments.h has them
 
 
 class Product(NamedTuple):
@@ -200,16 +203,27 @@ def folds(op: str, x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> 
     return _is_chosen("folded", op, x, sum(map(len, weights)), dtype, "fwd")
 
 
-def _is_chosen(form: str, op: str, x: Tensor, outputs: int, dtype: torch.dtype, direction: str) -> bool:
+def gives_moments(op: str, stream: Tensor, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether the op's last product, of ``inputs`` channels, leaves the moments of the tokens: "moments".
+
+    The norm after it then reads those in the place of the tokens. On a CPU, and on a GPU without a kernel
+    for it, they take a pass of their own, and nothing is gained; there it is inside ``giving_moments`` alone.
+    """
+    if not _decided["moments"] and not stream.is_cuda:
+        return False
+    return _is_chosen("moments", op, stream, inputs, dtype, "fwd")
+
+
+def _is_chosen(form: str, op: str, x: Tensor, inside: int, dtype: torch.dtype, direction: str) -> bool:
     if _decided[form]:
         return _decided[form][-1]
     gpu, named = native_backend.machine_name("cuda"), str(dtype).removeprefix("torch.")
-    inner = "hidden" if op == "layer_norm_mlp" else "out"
-    sizes = {"width": x.shape[-1], inner: outputs, "rows": x.shape[0] * x.shape[1]}
+    inner = {"layer_norm_mlp": "hidden", "linear_residual": "in"}.get(op, "out")
+    sizes = {"width": x.shape[-1], inner: inside, "rows": x.shape[0] * x.shape[1]}
     return measurements.refusal(op, gpu, named, (direction,), form, sizes) is None
 
 
-_decided: dict[str, list[bool]] = {"fused": [], "folded": []}
+_decided: dict[str, list[bool]] = {"fused": [], "folded": [], "moments": []}
 
 
 @contextmanager
@@ -231,6 +245,11 @@ def folding(on: bool) -> AbstractContextManager[None]:
     return _deciding("folded", on)
 
 
+def giving_moments(on: bool) -> AbstractContextManager[None]:
+    """The same of moments."""
+    return _deciding("moments", on)
+
+
 def bits(needs: Sequence[bool]) -> int:
     """``needs`` as the libraries read it: bit i for input i."""
     return sum(1 << i for i, needed in enumerate(needs) if needed)
@@ -241,6 +260,18 @@ def statistics_shapes(x: Tensor, rows: int, norm: str, dtype: torch.dtype) -> li
     of_statistics = torch.float64 if dtype == torch.float64 else torch.float32
     sizes = (0 if norm == "rms_norm" else rows, rows)
     return [x.new_empty((size,), dtype=of_statistics) for size in sizes]
+
+
+def moments_shapes(stream: Tensor, with_moments: bool) -> list[Tensor]:
+    """The moments of tokens [B, N, D] without data, if there are any.
+
+    For each 64 channels of a token they are the mean, and the sum of the squares of what is left after it.
+    """
+    if not with_moments:
+        return []
+    batch, tokens, width = stream.shape
+    of_statistics = torch.float64 if stream.dtype == torch.float64 else torch.float32
+    return [stream.new_empty((-(-width // MOMENT_COLUMNS), batch * tokens, 2), dtype=of_statistics)]
 
 
 def product_shapes(stream: Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
