@@ -1,8 +1,9 @@
 """`python -m fastvit_kernels.aot`: every shipped configuration compiled ahead of time, with no GPU.
 
-It fails where a kernel does not compile, holds float64 or exceeds the shared memory, or ptxas says what is
-not understood; where one in 16 bits or tf32 spills registers, has a dot without tensor cores or asynchronous
-products that ptxas serialises; and where one in exact float32 has a dot with tensor cores.
+It fails where a kernel does not compile, holds float64, exceeds the shared memory or may overwrite there what
+an asynchronous product of other warps still reads, or ptxas says what is not understood; where one in 16 bits
+or tf32 spills registers, has a dot without tensor cores or asynchronous products that ptxas serialises; and
+where one in exact float32 has a dot with tensor cores.
 """
 
 import argparse

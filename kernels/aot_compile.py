@@ -10,6 +10,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from .aot_ptxas import Said, listen
+from .aot_races import races
 from .aot_sass import count_products, disassemble
 from .launch import Launch
 
@@ -75,7 +76,7 @@ def examine(launch: Launch, label: str, arch: str) -> Compiled:
     ptx, shared, limit = compiled.asm["ptx"], compiled.metadata.shared, SHARED_LIMITS[arch]
     mma = len(TENSOR_CORES.findall(ptx))
     hgmma, waits = count_products(disassemble(compiled)) if WGMMA.search(ptx) else (0, 0)
-    faults = tuple(_faults(compiled, said, label, limit, mma))
+    faults = tuple(_faults(compiled, said, label, limit, mma, launch.num_warps))
     return Compiled(
         kernel, label, arch, said.registers, shared, limit, said.spilled, mma, hgmma, waits, seconds, faults
     )
@@ -105,7 +106,7 @@ def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
     return ASTSource(launch.kernel, *types), options.__dict__
 
 
-def _faults(compiled: CompiledKernel, said: Said, label: str, limit: int, mma: int):
+def _faults(compiled: CompiledKernel, said: Said, label: str, limit: int, mma: int, warps: int):
     dtype_class = label.partition(" ")[0]
     if dtype_class not in CLASSES:
         yield f"its label begins with {dtype_class!r} and not with one of {', '.join(CLASSES)}"
@@ -116,6 +117,8 @@ def _faults(compiled: CompiledKernel, said: Said, label: str, limit: int, mma: i
     if (columns := getattr(compiled.metadata, "tmem_size", 0)) > TENSOR_MEMORY_LIMIT:
         yield f"tensor memory: {columns} columns of {TENSOR_MEMORY_LIMIT}"
     yield from (f"ptxas says what is not understood: {line}" for line in said.strange)
+    if found := races(compiled.asm["ptx"], warps):
+        yield f"race: {found[0]}" + f", and {len(found) - 1} more" * (len(found) > 1)
     if dtype_class == "ieee":
         # Triton 3.6 does so on sm_100 to a dot of what was uint8 in memory, whatever precision it asks for.
         if mma:
