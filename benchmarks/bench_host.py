@@ -10,6 +10,7 @@ this thread, the least of many, so that a busy machine changes them little.
 import gc
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ class NoGpu:
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.launches: list[tuple] = []
+        self.launches: deque[tuple] = deque(maxlen=8)
         self.target = GPUTarget("cuda", 90, 32)
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 2, 0, 0, 1024),
@@ -58,7 +59,7 @@ class NoGpu:
         )
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
-        return lambda *_: None
+        return lambda *given: self.launches.append(given)
 
     def get_current_device(self) -> int:
         return 0
@@ -85,12 +86,11 @@ def no_gpu(driver: NoGpu | None = None) -> Iterator[NoGpu]:
     with ExitStack() as stack:
         stack.callback(setattr, triton_driver, "_active", before)
         triton_driver.set_active(driver)
-        change = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        change(triton_backend, "INTERPRETED", True)  # of tensors on the CPU too, it asks no more than on a GPU
-        change(Tensor, "get_device", lambda _: 0)
-        for module in (launch, attention, patch_embed):
-            if hasattr(module, "arch_of"):
-                change(module, "arch_of", lambda _: "sm_90")
+        # As in the interpreter tensors on the CPU are served; as much is asked of them as on a GPU.
+        changes = [(triton_backend, "INTERPRETED", True), (Tensor, "get_device", lambda _: 0)]
+        changes += [(module, "arch_of", lambda _: "sm_90") for module in (launch, attention, patch_embed)]
+        for change in changes:
+            stack.enter_context(mock.patch.object(*change))
         yield driver
 
 

@@ -10,6 +10,7 @@ from .attention_bwd import _attention_bwd_kernel
 from .attention_fwd import _attention_fwd_kernel
 from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
+from .launch_cache import run
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
 
 
@@ -34,7 +35,7 @@ def attention_fwd(
     batch, tokens, heads, dim = q.shape
     out = torch.empty((batch, tokens, heads * dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
-    plan_fwd(q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))()
+    run(plan_fwd, q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))
     return out, lse
 
 
@@ -101,7 +102,7 @@ def attention_bwd(
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
     chosen = Options(**options)
     sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else None
-    plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))()
+    run(plan_bwd, grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))
     if sums is None:
         return dqkv, None, None, None, None
     _, _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
