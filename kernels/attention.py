@@ -2,6 +2,7 @@
 
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
 from .launch_cache import run
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
+
+# What a program owns in each of the backward's launches.
+OWNERS = ("keys", "queries")
 
 
 def attention_fwd(
@@ -37,6 +41,21 @@ def attention_fwd(
     lse = torch.empty((batch, heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
     run(plan_fwd, q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))
     return out, lse
+
+
+def attention_packed(qkv: Tensor, num_heads: int, options: Options) -> Tensor:
+    """``attention_fwd`` of qkv [B, N, 3 * H * d], in the order (3, H, d), for inference: [B, N, H * d]."""
+    batch, tokens, width = qkv.shape
+    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    run(plan_packed, qkv, num_heads, out, options, arch_of(qkv.device))
+    return out
+
+
+def plan_packed(qkv: Tensor, num_heads: int, out: Tensor, options: Options, arch: str) -> Launch:
+    """The launch of ``attention_packed``; qkv is read where it lies, so its channels must be contiguous."""
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
+    return plan_fwd(q, k, v, out, None, options, arch)
 
 
 def plan_fwd(
@@ -101,21 +120,22 @@ def attention_bwd(
     batch, tokens, heads, dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
     chosen = Options(**options)
-    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else None
+    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else {}
     run(plan_bwd, grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device))
-    if sums is None:
+    if not sums:
         return dqkv, None, None, None, None
-    _, _, of_keys, _ = _split_bwd(q, chosen, arch_of(q.device))
-    of_k, of_q = sums[:, :of_keys].sum((0, 1)), sums[:, of_keys:].sum((0, 1))
-    return dqkv, *of_q, *of_k
+    return dqkv, *sums["queries"].sum(0), *sums["keys"].sum(0)
 
 
-def norm_sums(q: Tensor, options: Options, arch: str) -> Tensor:
-    """Where the backward's programs leave their shares of the norm weights' gradients."""
-    *_, programs = _split_bwd(q, options, arch)
-    return torch.empty(
-        (q.shape[0] * q.shape[2], programs, 2, q.shape[3]), dtype=torch.float32, device=q.device
-    )
+def norm_sums(q: Tensor, options: Options, arch: str) -> dict[str, Tensor]:
+    """Where the backward's programs leave their shares of the norms' gradients, by what they own."""
+    batch, tokens, heads, dim = q.shape
+    found = {}
+    for owner in OWNERS:
+        own, _ = _sides(owner, _choose(f"attention_bwd_{owner}", q, options, arch)[0])
+        programs = batch * heads * -(-tokens // own)
+        found[owner] = torch.empty((programs, 2, dim), dtype=torch.float32, device=q.device)
+    return found
 
 
 def plan_bwd(
@@ -126,38 +146,50 @@ def plan_bwd(
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
-    sums: Tensor | None,
+    sums: dict[str, Tensor],
     options: Options,
     arch: str,
-) -> Launch:
-    """The launch of the backward on an architecture, from shapes alone."""
-    batch, tokens, heads, _ = q.shape
-    chosen, options, key_programs, programs = _split_bwd(q, options, arch)
+) -> tuple[Launch, ...]:
+    """The launches of the backward on an architecture, in their order, from shapes alone."""
     args, constants = shared_arguments(q, k, v, options)
     side_by_side = grad_out.stride(-1) == 1
     align = vector_width(grad_out) if side_by_side else 1
-    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv, "sums_ptr": sums}
+    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv}
     args |= {
         "stride_grad_batch": grad_out.stride(0) // align,
         "stride_grad_token": grad_out.stride(1) // align,
     }
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
-    args |= {"programs": programs, "key_programs": key_programs}
-    constants |= chosen.constants | {
-        "GRAD_ALIGN": align,
-        "KEYS_TAIL": tail_of(tokens, chosen.constants["KEYS_M"]),
-        "QUERIES_TAIL": tail_of(tokens, chosen.constants["QUERIES_N"]),
-        "F": constants["F"]._replace(int64=constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])),
-    }
+    far = constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])
+    constants |= {"GRAD_ALIGN": align, "F": constants["F"]._replace(int64=far)}
+    return tuple([_plan_owner(owner, q, args, constants, sums.get(owner), options, arch) for owner in OWNERS])
+
+
+def _plan_owner(
+    owner: str,
+    q: Tensor,
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    sums: Tensor | None,
+    options: Options,
+    arch: str,
+) -> Launch:
+    """The backward's launch whose programs own keys or queries."""
+    batch, tokens, heads, _ = q.shape
+    chosen, options = _choose(f"attention_bwd_{owner}", q, options, arch)
+    own, passing = _sides(owner, chosen)
+    programs = -(-tokens // own)
+    form = constants["F"]._replace(precision=options.precision)
+    constants = constants | chosen.constants | {"F": form, "OWNER": owner, "TAIL": tail_of(tokens, passing)}
+    args = args | {"sums_ptr": sums, "programs": programs}
     grid = (batch * heads * programs,)
     return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 
 
-def _split_bwd(q: Tensor, options: Options, arch: str) -> tuple[Tile, Options, int, int]:
-    """The tile, the options, and of a head's programs how many own keys, and how many there are."""
-    chosen, options = _choose("attention_bwd", q, options, arch)
-    key_programs = -(-q.shape[1] // chosen.constants["KEYS_N"])
-    return chosen, options, key_programs, key_programs + -(-q.shape[1] // chosen.constants["QUERIES_M"])
+def _sides(owner: str, chosen: Tile) -> tuple[int, int]:
+    """How many keys or queries a program of the backward owns, and how many of the others pass at a time."""
+    queries, keys = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
+    return (keys, queries) if owner == "keys" else (queries, keys)
 
 
 def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, Options]:

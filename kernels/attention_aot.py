@@ -49,21 +49,22 @@ CASES = (
 def aot_launches(arch: str) -> Iterator[tuple[str, Launch]]:
     """Label and launch of everything that is shipped for an architecture, planned on meta tensors."""
     for kernel, dtype, tokens, dim, words in CASES:
-        yield (
-            f"{dtype} N={tokens} d={dim} {words}".strip(),
-            _launch(arch, kernel, dtype, tokens, dim, words.split()),
-        )
+        for launch in _launches(arch, kernel, dtype, tokens, dim, words.split()):
+            owner = launch.constants.get("OWNER")
+            yield f"{dtype} N={tokens} d={dim} {words}".strip() + (f", own {owner}" if owner else ""), launch
 
 
-def _launch(arch: str, kernel: str, dtype_class: str, tokens: int, dim: int, words: list[str]) -> Launch:
+def _launches(
+    arch: str, kernel: str, dtype_class: str, tokens: int, dim: int, words: list[str]
+) -> tuple[Launch, ...]:
     dtype = torch.bfloat16 if dtype_class == "half" else torch.float32
     qkv = _meta(BATCH, tokens, 3, HEADS, dim, dtype=dtype)
     out, lse = _meta(BATCH, tokens, HEADS * dim, dtype=dtype), _meta(BATCH, HEADS, tokens)
     options = _options(tokens, dim, dtype, words)
     options = options._replace(precision="tf32" if dtype_class == "tf32" else "ieee")
     if kernel == "fwd":
-        return attention.plan_fwd(*qkv.unbind(2), out, lse if "lse" in words else None, options, arch)
-    sums = attention.norm_sums(qkv[:, :, 0], options, arch) if options.qk_norm else None
+        return (attention.plan_fwd(*qkv.unbind(2), out, lse if "lse" in words else None, options, arch),)
+    sums = attention.norm_sums(qkv[:, :, 0], options, arch) if options.qk_norm else {}
     return attention.plan_bwd(out, *qkv.unbind(2), out, lse, qkv, sums, options, arch)
 
 

@@ -1,9 +1,9 @@
-"""Attention backward in one launch: programs that own keys, and programs that own queries.
+"""Attention backward in two launches of one kernel: its programs own keys in one, queries in the other.
 
 Every gradient is summed by the one program that owns it, in a fixed order: bit for bit the same each time,
 without atomics and without scratch memory. What that costs is a second S = q k^T and dP = dO v^T, seven
-products for the five that sharing would need; at a ViT's lengths the kernel waits for memory, and both
-kinds of program of a head run side by side and read the same lines.
+products for the five that sharing would need. Compiled apart, programs that own queries take half the
+registers of those that own keys, so that more of them run at a time.
 """
 
 import triton
@@ -14,10 +14,15 @@ from .attention_bwd_queries import own_queries
 from .attention_fwd import INTEGERS as FWD_INTEGERS
 from .attention_score import head_start
 
-INTEGERS = [*FWD_INTEGERS, "stride_grad_batch", "stride_grad_token", "stride_grad_channel", "key_programs"]
+INTEGERS = [*FWD_INTEGERS, "stride_grad_batch", "stride_grad_token", "stride_grad_channel"]
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+def _name(specialization) -> str:
+    """What profilers call a launch."""
+    return f"_attention_bwd_{specialization.constants['OWNER']}_kernel"
+
+
+@triton.jit(do_not_specialize=INTEGERS, repr=_name)
 def _attention_bwd_kernel(
     q_ptr,
     k_ptr,
@@ -62,24 +67,21 @@ def _attention_bwd_kernel(
     tokens,
     heads,
     programs,
-    key_programs,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
-    KEYS_N: tl.constexpr,
-    KEYS_M: tl.constexpr,
-    KEYS_TAIL: tl.constexpr,
-    QUERIES_M: tl.constexpr,
-    QUERIES_N: tl.constexpr,
-    QUERIES_TAIL: tl.constexpr,
+    OWNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """The first ``key_programs`` of a head's ``programs`` own KEYS_N keys each, the rest QUERIES_M queries.
+    """Each of a head's ``programs`` owns BLOCK_N keys (OWNER "keys") or BLOCK_M queries ("queries").
 
     Strides of q, k, v and the rotary tables come in units of ALIGN elements, those of the output's gradient
     in GRAD_ALIGN; its channels lie side by side where their stride is None. ``sums_ptr`` [B * H * programs,
-    2, d], if there is one, takes each program's share of the norm weights' gradients.
+    2, d], if there is one, takes each program's share of the norm's weight and bias gradients.
     """
     pid = tl.program_id(0)
     share = pid % programs
@@ -117,7 +119,7 @@ def _attention_bwd_kernel(
     rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     grads = (dqkv_ptr, 3 * stride_out, sums_ptr)
-    if share < key_programs:
+    if OWNER == "keys":
         own_keys(
             q,
             k,
@@ -133,12 +135,11 @@ def _attention_bwd_kernel(
             F,
             QK,
             V,
-            KEYS_N,
-            KEYS_M,
-            KEYS_TAIL,
+            BLOCK_N,
+            BLOCK_M,
+            TAIL,
         )
     else:
-        share -= key_programs
         own_queries(
             q,
             k,
@@ -153,7 +154,7 @@ def _attention_bwd_kernel(
             F,
             QK,
             V,
-            QUERIES_M,
-            QUERIES_N,
-            QUERIES_TAIL,
+            BLOCK_M,
+            BLOCK_N,
+            TAIL,
         )

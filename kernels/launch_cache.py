@@ -29,7 +29,8 @@ Plan = Callable[..., Launch | tuple[Launch, ...]]
 class Step(NamedTuple):
     """One launch that is bound: who runs the compiled kernel, and with what.
 
-    ``arguments`` are in the kernel's order; ``pointers`` are (place among them, which of the call's tensors).
+    ``arguments`` are in the kernel's order; ``pointers`` are (place among them, which of the call's tensors,
+    bytes behind its first element).
     ``compiled`` is held since it frees what ``function`` names.
     """
 
@@ -40,7 +41,7 @@ class Step(NamedTuple):
     function: int
     metadata: Any
     arguments: list[Any]
-    pointers: tuple[tuple[int, int], ...]
+    pointers: tuple[tuple[int, int, int], ...]
 
 
 _prepared: dict[tuple, tuple[int, tuple[Step, ...]]] = {}  # with the device's index
@@ -56,14 +57,21 @@ def run(plan: Plan, *args: Any) -> None:
 
     Args:
         plan: a function of its arguments' metadata.
-        args: tensors, hashable values, and tuples of both.
+        args: tensors, hashable values, and tuples and dicts of both.
 
     Raises:
         ValueError: if a grid is larger than CUDA takes.
     """
     key, pointers, device = [plan, _edition], [], -1
     for arg in args:
-        for value in arg if isinstance(arg, tuple) else (arg,):
+        if isinstance(arg, tuple):
+            values = arg
+        elif isinstance(arg, dict):
+            key += arg
+            values = arg.values()
+        else:
+            values = (arg,)
+        for value in values:
             if isinstance(value, Tensor):
                 pointers.append(pointer := value.data_ptr())
                 # The device too: of a tensor that lies elsewhere Triton is to say that it cannot be read.
@@ -88,8 +96,8 @@ def run(plan: Plan, *args: Any) -> None:
 def _repeat(steps: tuple[Step, ...], pointers: list[int], stream: int) -> None:
     for step in steps:
         arguments = step.arguments.copy()
-        for place, index in step.pointers:
-            arguments[place] = pointers[index]
+        for place, index, offset in step.pointers:
+            arguments[place] = pointers[index] + offset
         step.run(*step.grid, stream, step.function, step.metadata, None, None, None, *arguments)
 
 
@@ -130,9 +138,9 @@ def _bound(plan: Plan, args: tuple, compiled: list[CompiledKernel]) -> tuple[Ste
         for place, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 index = index_of.get(value.untyped_storage()._cdata)
-                if index is None or value.storage_offset():
-                    return None  # a copy that the plan makes, or a part
-                pointers.append((place, index))
+                if index is None:
+                    return None  # a copy that the plan makes
+                pointers.append((place, index, value.storage_offset() * value.element_size()))
                 arguments[place] = None
         grid = (*launch.grid, 1, 1)[:3]
         bound = (kernel.run, grid, kernel.function, kernel.packed_metadata, arguments, tuple(pointers))
@@ -145,7 +153,9 @@ def _with_tensors(args: tuple, tensors: Any) -> tuple:
     given = []
     for arg in args:
         values = [next(tensors) if isinstance(value, Tensor) else value for value in _several(arg)]
-        if isinstance(arg, tuple):
+        if isinstance(arg, dict):
+            given.append(dict(zip(arg, values, strict=True)))
+        elif isinstance(arg, tuple):
             given.append(arg._make(values) if hasattr(arg, "_make") else tuple(values))
         else:
             given += values
@@ -153,6 +163,8 @@ def _with_tensors(args: tuple, tensors: Any) -> tuple:
 
 
 def _several(arg: Any) -> tuple:
+    if isinstance(arg, dict):
+        return tuple(arg.values())
     return arg if isinstance(arg, tuple) else (arg,)
 
 

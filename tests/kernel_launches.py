@@ -35,7 +35,7 @@ FORMS = {
     "resident": {"RESIDENT": 1, "BLOCK_M": 16, "BLOCK_N": 16},
     "online": {"RESIDENT": 0, "BLOCK_M": 32, "BLOCK_N": 16},
 }
-BACKWARD_TILE = {"KEYS_N": 32, "KEYS_M": 16, "QUERIES_M": 16, "QUERIES_N": 32}
+BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32}
 
 
 def on_device(call: Call) -> Call:

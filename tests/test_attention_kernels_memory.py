@@ -137,18 +137,18 @@ def wide_offsets():
     """Every launch is planned as if its tensors were huge."""
     wide = []
 
-    def widened(plan):
-        def planned(*args):
-            launch = plan(*args)
-            wide.append(launch.constants["F"]._replace(int64=True))
-            return replace(launch, constants=launch.constants | {"F": wide[-1]})
+    def widened(launch):
+        wide.append(launch.constants["F"]._replace(int64=True))
+        return replace(launch, constants=launch.constants | {"F": wide[-1]})
 
-        return planned
-
-    plans = {name: widened(getattr(kernels.attention, name)) for name in ("plan_fwd", "plan_bwd")}
+    forward, backward = kernels.attention.plan_fwd, kernels.attention.plan_bwd
+    plans = {
+        "plan_fwd": lambda *args: widened(forward(*args)),
+        "plan_bwd": lambda *args: tuple(map(widened, backward(*args))),
+    }
     with mock.patch.multiple(kernels.attention, **plans):
         yield
-    assert len(wide) == 2
+    assert len(wide) == 3
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -122,24 +122,24 @@ def test_chunks_cover_the_tokens_with_least_to_spare():
 def attention_launches(tokens, arch, dtype=torch.float16):
     q = meta(2, tokens, 3, 6, 64, dtype=dtype)
     (q, k, v), lse = q.unbind(2), meta(2, 6, tokens)
-    out, sums = meta(2, tokens, 384, dtype=dtype), None
+    out = meta(2, tokens, 384, dtype=dtype)
     dqkv = meta(2, tokens, 3, 6, 64, dtype=dtype)
     yield kernels.attention.plan_fwd(q, k, v, out, lse, Options(0.125), arch)
-    yield kernels.attention.plan_bwd(out, q, k, v, out, lse, dqkv, sums, Options(0.125), arch)
+    yield from kernels.attention.plan_bwd(out, q, k, v, out, lse, dqkv, {}, Options(0.125), arch)
 
 
 # Images of many sizes must not compile a kernel each: a variant for each way to cut the tokens is enough.
 @pytest.mark.parametrize("arch", [*tiles.ARCHITECTURES, "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_token_counts_share_few_variants(arch, dtype):
-    variants = ({}, {})
+    variants = ({}, {}, {})
     for tokens in range(1, 601):
         for seen, planned in zip(variants, attention_launches(tokens, arch, dtype), strict=True):
             key = (planned.num_warps, planned.num_stages, *sorted(planned.constants.items(), key=str))
             seen.setdefault(str(key), tokens)
-    forward, backward = map(len, variants)
+    forward, *backward = map(len, variants)
     assert forward <= 48
-    assert backward <= 32
+    assert max(backward) <= 16
 
 
 def test_batches_heads_and_strides_share_one_variant():
@@ -156,6 +156,6 @@ def test_batches_heads_and_strides_share_one_variant():
 
 
 def test_a_table_entry_that_is_missing_is_an_error():
-    empty = mock.patch.object(tiles, "table", lambda arch: {"attention_bwd": []})
-    with empty, pytest.raises(LookupError, match="no tile for attention_bwd on sm_90 in half"):
-        tiles.tile("attention_bwd", "sm_90", "half", tokens=1)
+    empty = mock.patch.object(tiles, "table", lambda arch: {"attention_fwd": []})
+    with empty, pytest.raises(LookupError, match="no tile for attention_fwd on sm_90 in half"):
+        tiles.tile("attention_fwd", "sm_90", "half", tokens=1)

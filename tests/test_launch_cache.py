@@ -250,3 +250,34 @@ def test_keys_of_different_plans_differ(driver):
         for plan in plans:
             launch_cache.run(plan, x, y)
         assert len(planned) == 2
+
+
+def test_views_into_one_tensor_lie_as_far_behind_it_as_planned(driver):
+    options = Options(0.25)
+    packed = [torch.zeros(2, TOKENS, 3 * HEADS * DIM, dtype=torch.float16) for _ in range(2)]
+    with uncompiled() as (planned, repeated):
+        outs = [attention.attention_packed(qkv, HEADS, options) for qkv in packed]
+        assert len(planned) == len(repeated) == 1
+    views = packed[1].view(2, TOKENS, 3, HEADS, DIM).unbind(2)
+    fresh = attention.plan_fwd(*views, outs[1], None, options, "sm_90")
+    assert list(repeated[0][1][9:]) == expected(fresh)
+    assert len({view.data_ptr() for view in views}) == 3
+
+
+def test_the_backward_repeats_both_of_its_launches_with_and_without_sums(driver):
+    with uncompiled() as (planned, repeated):
+        for fill in (None, 1.0):
+            norms = {} if fill is None else {"qk_norm": "layer_norm", "q_norm_weight": norm(fill)}
+            for _ in range(2):
+                given = {**tensors(), "lse": torch.zeros(1, HEADS, TOKENS)}
+                q, k, v, out, lse = given.values()
+                options = {"scale": 0.25, **norms, "norm_grads": bool(norms)}
+                attention.attention_bwd(torch.zeros_like(out), q, k, v, out, lse, **options)
+        assert len(planned) == len(repeated) == 4
+    for launch, (_, given) in zip(planned, repeated, strict=True):
+        names = launch.kernel.arg_names
+        of_sums = given[9 + names.index("sums_ptr")]
+        assert (of_sums is None) == (launch.args["sums_ptr"] is None)
+        assert given[9 + names.index("OWNER")] == launch.constants["OWNER"]
+    sums = {given[9 + launch.kernel.arg_names.index("sums_ptr")] for launch, given in repeated}
+    assert len(sums) == 3

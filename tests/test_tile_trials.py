@@ -18,7 +18,7 @@ from fastvit_kernels import tiles
 from fastvit_kernels.launch import Launch
 
 ARCH = "sm_90"
-CALL = tile_calls.attention_call("fwd", "bfloat16", 64, 197, 12, 64)
+CALL = tile_calls.attention_call("attention_fwd", "bfloat16", 64, 197, 12, 64)
 
 
 def entry():
@@ -143,9 +143,9 @@ def test_a_speed_is_of_right_tiles_that_are_slow_nowhere(monkeypatch):
 
 
 SMALL = {
-    "attention_fwd": tile_calls.attention_call("fwd", "float32", 1, 5, 2, 16),
-    "rotated": tile_calls.attention_call("fwd", "float16", 1, 5, 1, 16, rotated=True),
-    "attention_bwd": tile_calls.attention_call("bwd", "float16", 1, 5, 1, 16),
+    "attention_fwd": tile_calls.attention_call("attention_fwd", "float32", 1, 5, 2, 16),
+    "rotated": tile_calls.attention_call("attention_fwd", "float16", 1, 5, 1, 16, rotated=True),
+    "attention_bwd": tile_calls.attention_call("attention_bwd_keys", "float16", 1, 5, 1, 16),
 } | {
     kernel: tile_calls.patch_embed_call(kernel, "float32", 1, 24, side=32)
     for kernel in ("patch_embed_fwd", "patch_embed_dweight", "patch_embed_dimages")

@@ -17,7 +17,8 @@ SIZES = {"attention": {"head_dim", "tokens", "load"}, "patch_embed": {"tokens"}}
 # No head is wider; every other size has no bound.
 LARGEST = {"head_dim": 256, "load": 1}
 # Channels a head that `can_run` lets through, without and with a load stage.
-LIMITS = {"attention_fwd": triton_backend.FORWARD_LIMITS, "attention_bwd": triton_backend.BACKWARD_LIMITS}
+LIMITS = dict.fromkeys(("attention_bwd_keys", "attention_bwd_queries"), triton_backend.BACKWARD_LIMITS)
+LIMITS["attention_fwd"] = triton_backend.FORWARD_LIMITS
 NOTES = {"measured": {"status", "gpu", "date", "commit"}, "modelled": {"status"}}
 
 

@@ -20,8 +20,8 @@ from fastvit_kernels import tiles
 ARCH = "sm_90"
 NOTES = {"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-25", "commit": "abc1234"}
 CALLS = [
-    tile_calls.attention_call("fwd", "bfloat16", 64, 197, 12, 64),
-    tile_calls.attention_call("bwd", "bfloat16", 64, 197, 12, 64),
+    tile_calls.attention_call("attention_fwd", "bfloat16", 64, 197, 12, 64),
+    tile_calls.attention_call("attention_bwd_keys", "bfloat16", 64, 197, 12, 64),
     tile_calls.patch_embed_call("patch_embed_fwd", "bfloat16", 64, 768),
 ]
 
@@ -190,14 +190,16 @@ def test_a_run_that_is_ended_leaves_a_whole_table(monkeypatch):
 
 def test_an_entry_that_a_run_died_of_is_passed_over_at_its_commit(tmp_path, monkeypatch):
     tried = tmp_path / "tiles.tried"
-    tried.write_text('{"begun": "attention_fwd 0 at abc1234"}\n{"begun": "attention_bwd 0 at def5678"}\n')
+    tried.write_text(
+        '{"begun": "attention_fwd 0 at abc1234"}\n{"begun": "attention_bwd_keys 0 at def5678"}\n'
+    )
     before = dict(entry())
     counts, said = tune(FakeGpu(faster()), CALLS, tried)
     assert counts == (2, 0)
     assert "attention_fwd 0: its process died" in said
     assert entry() == before
-    assert entry("attention_bwd")["status"] == "measured"
-    assert Attempts(tried).ended(f"attention_bwd {CALLS[1].place(ARCH)} at abc1234")
+    assert entry("attention_bwd_keys")["status"] == "measured"
+    assert Attempts(tried).ended(f"attention_bwd_keys {CALLS[1].place(ARCH)} at abc1234")
 
 
 def test_the_next_run_begins_with_what_is_not_measured():
@@ -232,7 +234,7 @@ def test_the_most_important_come_first():
     order = [(call.kernel, call.dtype, call.sizes) for call in tile_calls.calls()]
     first = [kernel for kernel, dtype, _ in order[:20] if dtype == "bfloat16"]
     assert first[0] == "attention_fwd"
-    assert set(first) >= {"attention_bwd", "patch_embed_fwd", "patch_embed_dweight"}
+    assert set(first) >= {*tile_calls.ATTENTION, "patch_embed_fwd", "patch_embed_dweight"}
     assert all(dtype == "bfloat16" for _, dtype, _ in order[:20])
 
 

@@ -22,6 +22,7 @@ from ..roofline import DTYPES
 from .plans import PLANS, Planned
 
 SIDE, PATCH = 224, 16
+ATTENTION = ("attention_fwd", "attention_bwd_keys", "attention_bwd_queries")
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,17 @@ class TileCall(Recorded):
 
 
 def attention_call(
-    direction: str, dtype: str, batch: int, tokens: int, heads: int, head_dim: int, rotated: bool = False
+    kernel: str, dtype: str, batch: int, tokens: int, heads: int, head_dim: int, rotated: bool = False
 ) -> TileCall:
     """Plain, or with rotary positions, which take registers as masks and norms do."""
+    direction = "fwd" if kernel == "attention_fwd" else "bwd"
     qkv = _meta(batch, tokens, 3, heads, head_dim, dtype=dtype, trained=direction == "bwd")
     options: dict[str, Any] = {}
     if rotated:
         options = {name: _meta(tokens - 1, head_dim, dtype="float32") for name in ("rope_cos", "rope_sin")}
         options |= {"rope_layout": "half", "num_prefix_tokens": 1}
     made = Recorded.of("attention", qkv.unbind(2), options, direction, dtype)
-    return TileCall(**vars(made), kernel=f"attention_{direction}")
+    return TileCall(**vars(made), kernel=kernel)
 
 
 def patch_embed_call(kernel: str, dtype: str, batch: int, width: int, side: int = SIDE) -> TileCall:
@@ -101,23 +103,23 @@ def _meta(*size: int, dtype: str, trained: bool = False) -> Tensor:
 def calls() -> Iterator[TileCall]:
     """Of ViT-S, -B and -L first, then what fewer models have: other lengths, rotary positions, wide heads."""
     half = "bfloat16"
-    for direction in ("fwd", "bwd"):
+    for kernel in ATTENTION:
         for batch, heads in ((64, 12), (1, 12), (256, 6), (8, 16)):
-            yield attention_call(direction, half, batch, 197, heads, 64)
-        yield attention_call(direction, half, 64, 257, 12, 64)
+            yield attention_call(kernel, half, batch, 197, heads, 64)
+        yield attention_call(kernel, half, 64, 257, 12, 64)
     for kernel, (batch, width) in product(PLANS, ((64, 768), (1, 768), (8, 1024), (256, 384))):
         if kernel in ("patch_embed_fwd", "patch_embed_dweight"):
             yield patch_embed_call(kernel, half, batch, width)
-    for direction in ("fwd", "bwd"):
-        yield attention_call(direction, half, 16, 577, 12, 64)
-        yield attention_call(direction, half, 64, 197, 12, 64, rotated=True)
-        yield attention_call(direction, half, 64, 257, 16, 72)
-        yield attention_call(direction, half, 64, 257, 8, 96)
-        yield attention_call(direction, half, 64, 257, 8, 128)
-    yield attention_call("fwd", half, 64, 257, 8, 128, rotated=True)
+    for kernel in ATTENTION:
+        yield attention_call(kernel, half, 16, 577, 12, 64)
+        yield attention_call(kernel, half, 64, 197, 12, 64, rotated=True)
+        yield attention_call(kernel, half, 64, 257, 16, 72)
+        yield attention_call(kernel, half, 64, 257, 8, 96)
+        yield attention_call(kernel, half, 64, 257, 8, 128)
+    yield attention_call("attention_fwd", half, 64, 257, 8, 128, rotated=True)
     yield patch_embed_call("patch_embed_dimages", half, 64, 768)
     for dtype in ("tf32", "float32"):
-        for direction in ("fwd", "bwd"):
-            yield attention_call(direction, dtype, 64, 197, 12, 64)
+        for kernel in ATTENTION:
+            yield attention_call(kernel, dtype, 64, 197, 12, 64)
         for kernel in ("patch_embed_fwd", "patch_embed_dweight"):
             yield patch_embed_call(kernel, dtype, 64, 768)

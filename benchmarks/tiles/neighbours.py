@@ -1,7 +1,6 @@
 """The tiles near a tile: one or two of its numbers changed by a step, and none that cannot be."""
 
 import math
-from collections.abc import Iterator
 from itertools import chain, combinations
 from typing import Any
 
@@ -50,21 +49,22 @@ def _differs(entry: Entry, change: Entry) -> bool:
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
     if entry.get("RESIDENT") == 1 and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
         return False
-    return max(_accumulators(kernel, entry, head_dim)) <= REGISTERS * 32 * entry["num_warps"]
+    return _accumulators(kernel, entry, head_dim) <= REGISTERS * 32 * entry["num_warps"]
 
 
-def _accumulators(kernel: str, entry: Entry, head_dim: int) -> Iterator[int]:
+def _accumulators(kernel: str, entry: Entry, head_dim: int) -> int:
     """The float32 numbers that a program holds at once, which is the least that it has registers for."""
     if kernel == "attention_fwd":
         keys = entry["tokens"] if entry["RESIDENT"] else entry["BLOCK_N"]
-        yield entry["BLOCK_M"] * (head_dim + keys)
-    elif kernel == "attention_bwd":
-        yield entry["KEYS_N"] * (2 * head_dim + entry["KEYS_M"])
-        yield entry["QUERIES_M"] * (head_dim + entry["QUERIES_N"])
+        return entry["BLOCK_M"] * (head_dim + keys)
+    elif kernel == "attention_bwd_keys":
+        return entry["BLOCK_N"] * (2 * head_dim + entry["BLOCK_M"])
+    elif kernel == "attention_bwd_queries":
+        return entry["BLOCK_M"] * (head_dim + entry["BLOCK_N"])
     else:
         rows, columns = {
             "patch_embed_fwd": ("BLOCK_M", "BLOCK_D"),
             "patch_embed_dweight": ("BLOCK_D", "BLOCK_K"),
             "patch_embed_dimages": ("BLOCK_M", "BLOCK_K"),
         }[kernel]
-        yield entry[rows] * entry[columns]
+        return entry[rows] * entry[columns]

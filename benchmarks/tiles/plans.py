@@ -41,7 +41,7 @@ def _attention_bwd(inputs: Inputs, precision: str, arch: str) -> Planned:
     if not q.is_meta:
         attention.plan_fwd(q, k, v, out, lse, options, arch)()
     into = dqkv.view(batch, tokens, 3, heads, head_dim)
-    return [attention.plan_bwd(grad, q, k, v, out, lse, into, None, options, arch)], (dqkv,)
+    return list(attention.plan_bwd(grad, q, k, v, out, lse, into, {}, options, arch)), (dqkv,)
 
 
 def _patch_embed_fwd(inputs: Inputs, precision: str, arch: str) -> Planned:
@@ -73,7 +73,9 @@ def _patch_embed_dimages(inputs: Inputs, precision: str, arch: str) -> Planned:
 
 PLANS: dict[str, Callable[[Inputs, str, str], Planned]] = {
     "attention_fwd": _attention_fwd,
-    "attention_bwd": _attention_bwd,
+    # A tile is tried within the whole backward, which is what is judged, and what must be faster.
+    "attention_bwd_keys": _attention_bwd,
+    "attention_bwd_queries": _attention_bwd,
     "patch_embed_fwd": _patch_embed_fwd,
     "patch_embed_dweight": _patch_embed_dweight,
     "patch_embed_dimages": _patch_embed_dimages,

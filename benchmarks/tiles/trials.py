@@ -42,8 +42,8 @@ class Trials:
 
     def ships(self, kernel: str, index: int, entry: Entry) -> str:
         """What `make aot` would say of the table with this entry, or ""."""
-        op = kernel.rpartition("_")[0]
-        (said,) = self._each([(planned_aot, self.arch, kernel, index, entry, AOT[op])])
+        module = next(AOT[op] for op in AOT if kernel.startswith(op))
+        (said,) = self._each([(planned_aot, self.arch, kernel, index, entry, module)])
         return said
 
     def speeds(
