@@ -28,7 +28,8 @@ class Bench(ABC):
     """A call in one direction or several; the first provider is the baseline, if it is not ours.
 
     What is found is by provider: checks, memory, why it is absent; and by direction and provider: times, why
-    it was not timed, and of those that are right the speed as a multiple of the baseline's.
+    it was not timed, and of those that are right the speed as a multiple of the baseline's; as Python calls
+    them too, where the GPU's time alone was taken.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Bench(ABC):
         self.timings: dict[str, dict[str, Timing]] = defaultdict(dict)
         self.untimed: dict[str, dict[str, str]] = defaultdict(dict)
         self.speeds: dict[str, dict[str, float]] = defaultdict(dict)
+        self.eager_speeds: dict[str, dict[str, float]] = defaultdict(dict)
         self.rows: list[Row] = []
         self.baseline: str | None = None
 
@@ -125,8 +127,11 @@ class Bench(ABC):
         """Times of these; the baseline has its own already when others are timed with it."""
         self.timings[direction] |= {name: found[name] for name in names if name in found}
         if self.baseline in found and self.right(self.baseline):
-            speeds = ratios(found, self.baseline).items()
-            self.speeds[direction] |= {name: x for name, x in speeds if name in names and self.right(name)}
+            right = [name for name in names if self.right(name)]
+            eager = {name: timing.in_eager for name, timing in found.items()}
+            self.speeds[direction] |= _of(right, ratios(found, self.baseline))
+            if found[self.baseline].eager:
+                self.eager_speeds[direction] |= _of(right, ratios(eager, self.baseline))
 
     def _keep(self, names: list[str]) -> None:
         """The rows of those that have a time, or a reason to have none."""
@@ -137,6 +142,7 @@ class Bench(ABC):
                 if timing or reason:
                     facts = {"provider": name, "direction": direction, "peak_mb": self.peaks.get(name)}
                     facts |= {"ok": not reason, "reason": reason, "speed": self.speeds[direction].get(name)}
+                    facts["eager_speed"] = self.eager_speeds[direction].get(name)
                     made.append(self.row(timing, **facts))
         self.rows += made
         self.outputs.keep(made)
@@ -146,6 +152,10 @@ class Bench(ABC):
             return reason
         failed = next((check for check in self.checks.get(name, []) if not check.ok), None)
         return failed and f"{WRONG}: {failed}"
+
+
+def _of(names: list[str], speeds: dict[str, float]) -> dict[str, float]:
+    return {name: speed for name, speed in speeds.items() if name in names}
 
 
 def in_words(error: BaseException) -> str:

@@ -7,15 +7,12 @@ from statistics import median
 
 import torch
 
+from .gpu_timing import Call, GpuSampler
 from .machine import Machine, machine
 from .rows import Row, load, save
-from .timing import Timing
+from .timing import Sample, Timing
 
 __all__ = ["Machine", "Row", "Stopped", "Timing", "load", "machine", "measure", "ratios", "rotating", "save"]
-
-Call = Callable[[], object]
-# Written between two timed calls: larger than any L2, and long enough for the host to get ahead of the GPU.
-_FLUSH_BYTES = 256 << 20
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,7 +42,7 @@ def measure(
         rounds: at least so many rounds.
         warmup: rounds that are run first and not kept. Compile before, they are not meant for that.
         min_seconds: go on until the timed calls of all providers add up to this.
-        device: on "cuda" each call is timed by events, with a cold L2 and its launches already queued.
+        device: on "cuda" each call is timed by events with a cold L2, and a ``Repeated`` one as that says.
         sync: times by `clock` instead, with this call (torch.cuda.synchronize, say) around every sample.
         clock: seconds; a test gives its own.
         on_round: called after each round, warm-up included (a progress bar's tick).
@@ -59,8 +56,8 @@ def measure(
         counts = f"{len(providers)} providers, {rounds} rounds, {warmup} warm-up rounds"
         raise ValueError(f"nothing to measure: {counts}")
     events = torch.device(device).type == "cuda" and sync is None
-    sample = _event_sampler(device) if events else _clock_sampler(clock, sync)
-    samples: dict[str, list[float]] = {name: [] for name in providers}
+    sample = GpuSampler(device) if events else _clock_sampler(clock, sync)
+    samples: dict[str, list[Sample]] = {name: [] for name in providers}
     spent = 0.0
     try:
         for index in itertools.count(-warmup):
@@ -70,10 +67,10 @@ def measure(
                 if before and name in before:
                     before[name]()
                 time.sleep(settle)
-                elapsed = sample(call)
+                found = sample(call)
                 if index >= 0:
-                    samples[name].append(elapsed)
-                    spent += elapsed
+                    samples[name].append(found)
+                    spent += found.calls * (found.ms + (found.eager or 0.0))
             if on_round is not None:
                 on_round()
     except KeyboardInterrupt:
@@ -83,20 +80,24 @@ def measure(
     return _timings(samples)
 
 
-def _timings(samples: dict[str, list[float]], rounds: int | None = None) -> dict[str, Timing]:
-    return {name: Timing(tuple(values[:rounds])) for name, values in samples.items()}
+def _timings(samples: dict[str, list[Sample]], rounds: int | None = None) -> dict[str, Timing]:
+    return {name: Timing.of(values[:rounds]) for name, values in samples.items()}
 
 
 def ratios(timings: dict[str, Timing], baseline: str) -> dict[str, float]:
     """How many times faster than the baseline: the median over rounds of baseline / provider.
+
+    Of those that were timed like the baseline: with the host's share, or without.
 
     Raises:
         ValueError: the baseline was not measured.
     """
     if baseline not in timings:
         raise ValueError(f"no baseline {baseline!r}; measured were {', '.join(timings)}")
-    base = timings[baseline].samples
-    return {name: median(b / s for b, s in zip(base, t.samples, strict=True)) for name, t in timings.items()}
+    base = timings[baseline]
+    alike = {name: timing for name, timing in timings.items() if timing.is_like(base)}
+    pairs = {name: zip(base.samples, timing.samples, strict=True) for name, timing in alike.items()}
+    return {name: median(b / s for b, s in both) for name, both in pairs.items()}
 
 
 def rotating(function: Callable[..., object], inputs: Sequence[object]) -> Call:
@@ -105,29 +106,14 @@ def rotating(function: Callable[..., object], inputs: Sequence[object]) -> Call:
     return lambda: function(next(turn))
 
 
-def _clock_sampler(clock: Callable[[], float], sync: Call | None) -> Callable[[Call], float]:
-    def sample(call: Call) -> float:
+def _clock_sampler(clock: Callable[[], float], sync: Call | None) -> Callable[[Call], Sample]:
+    def sample(call: Call) -> Sample:
         if sync is not None:
             sync()
         start = clock()
         call()
         if sync is not None:
             sync()
-        return 1e3 * (clock() - start)
-
-    return sample
-
-
-def _event_sampler(device: str | torch.device) -> Callable[[Call], float]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample(call: Call) -> float:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        return Sample(1e3 * (clock() - start))
 
     return sample

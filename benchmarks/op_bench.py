@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from fastvit.contract import gemm_libraries, judge
 from fastvit.verdicts import Check
 
 from .bench import Bench, at_its_best, peak_mb
+from .gpu_timing import Repeated, aside
 from .harness import Call, Machine, Row, Timing, measure, rotating
 from .outputs import Outputs
 from .roofline import DTYPES, peak_gbps, peak_tflops, products_in
@@ -25,6 +26,8 @@ Provider = Callable[["Case", Inputs], Callable[[], Results]]
 DIRECTIONS = ("fwd", "bwd", "step")
 INPUT_SETS = 3
 INPUT_BYTES = 8 << 30  # of all sets together
+# On a GPU a sample is a call of each set: of small ones more, as where a sample begins and ends counts there.
+GPU_SETS, GPU_BYTES = 12, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,32 @@ class Case(ABC):
 
 @dataclass
 class Outcome:
-    """What a case gave: its rows, the checks behind them, and by provider its speed and why it is absent."""
+    """What a case gave: its rows, the checks behind them, and by provider its speed and why it is absent.
+
+    ``eager``: the speed as Python calls it, where ``speedups`` is the GPU's alone.
+    """
 
     case: Case
     rows: list[Row]
     checks: dict[str, list[Check]]
     speedups: dict[str, float]
     absent: dict[str, str]
+    eager: dict[str, float] = field(default_factory=dict)
+
+    def ratios(self, provider: str) -> tuple[float, float | None]:
+        """The first's time by the provider's: as Python calls them, and in a graph, if that is another.
+
+        Nothing is 0 but what has no speed. None in a graph is as Python calls it.
+        """
+        speed = self.speedups.get(provider)
+        return (self.eager[provider], speed) if provider in self.eager else (speed or 0.0, None)
 
     def with_more(self, later: "Outcome") -> "Outcome":
         """And what other providers gave; of one that was there before, that stays."""
         known = {row.provider for row in self.rows}
         rows = self.rows + [row for row in later.rows if row.provider not in known]
         own = ((later.checks, self.checks), (later.speedups, self.speedups), (later.absent, self.absent))
+        own += ((later.eager, self.eager),)
         return Outcome(self.case, rows, *(others | first for others, first in own))
 
 
@@ -165,7 +181,9 @@ class OpBench(Bench):
         prepared = [self.providers[name](self.case, given) for given in self.inputs]
         self.checks[name] = checks(self.case, prepared[0](), *self.known)
         self.peaks[name] = peak_mb(prepared[0], self.device)
-        return {self.case.direction: rotating(lambda call: call(), prepared)}
+        call = rotating(lambda call: call(), prepared)
+        # In the provider's own attempt: a capture can cost the process, and then nobody else's rows.
+        return {self.case.direction: Repeated(call, len(prepared)) if self.device.type == "cuda" else call}
 
     def measure(self, direction: str, calls: dict[str, Call]) -> dict[str, Timing]:
         return measure(calls, device=self.device, on_round=self.outputs.attempts.alive, **self.how)
@@ -198,17 +216,19 @@ def run_case(
     """
     torch.compiler.reset()  # or the compiler takes the shapes of one case after another for dynamic ones
     bench = OpBench(case, providers, device, here, {"rounds": rounds, "min_seconds": seconds}, outputs)
-    with products_in(case.dtype), at_its_best():
+    with products_in(case.dtype), at_its_best(), aside(device):
         bench.run(providers)
     absent = bench.absent | bench.untimed[case.direction]
-    return Outcome(case, bench.rows, bench.checks, bench.speeds[case.direction], absent)
+    speeds = bench.speeds[case.direction]
+    return Outcome(case, bench.rows, bench.checks, speeds, absent, bench.eager_speeds[case.direction])
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
     """Several, so that the cache is not what is measured, within a bound of memory."""
     first = case.inputs(0, device)
     size = sum(tensor.nbytes for tensor in first.values())
-    count = max(1, min(INPUT_SETS, INPUT_BYTES // max(1, size)))
+    most, limit = (GPU_SETS, GPU_BYTES) if device.type == "cuda" else (INPUT_SETS, INPUT_BYTES)
+    count = max(1, min(most, limit // max(1, size)))
     return [first, *(case.inputs(seed, device) for seed in range(1, count))]
 
 

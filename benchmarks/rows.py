@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from .machine import Machine
-from .timing import Timing
+from .timing import How, Timing
 
 Direction = Literal["fwd", "bwd", "step"]
 OURS = "fastvit"  # how providers that are ours begin
@@ -20,8 +20,10 @@ class Row:
     """One provider's number with all it needs to be believed; what was not measured is None.
 
     ``reason`` says why a row is not ``ok``. One of ours that is wrong has no time, others keep theirs.
-    ``speed`` is over the first provider in the same rounds, of which there may be others than its row's. Rows
-    of the op "copy" and "matmul" are the machine's own roofline in the same run.
+    ``speed`` is over the first provider in the same rounds, of which there may be others than its row's. Of
+    an op on a GPU ``ms_p50`` and ``speed`` are the kernels' own, as ``timed`` says, and ``eager_ms_p50`` and
+    ``eager_speed`` those of calls that Python makes. Rows of the op "copy" and "matmul" are the machine's
+    own roofline in the same run.
     """
 
     op: str
@@ -49,6 +51,9 @@ class Row:
     threads: int | None = None
     reason: str | None = None
     speed: float | None = None
+    timed: How | None = None
+    eager_ms_p50: float | None = None
+    eager_speed: float | None = None
 
     def speed_over(self, first: "Row") -> float:
         """How many times as fast as the call's first provider; older rows say it by their times alone."""
@@ -93,6 +98,7 @@ class Row:
         error_ratio: float | None = None,
         reason: str | None = None,
         speed: float | None = None,
+        eager_speed: float | None = None,
     ) -> Self:
         """A row from a timing, or without one.
 
@@ -131,6 +137,9 @@ class Row:
             threads=None if machine.gpu else machine.threads,
             reason=reason,
             speed=speed,
+            timed=timing and timing.timed,
+            eager_ms_p50=timing.in_eager.p50 if timing and timing.eager else None,
+            eager_speed=eager_speed,
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import measurements
 from .graph_buckets import Bucket
 from .graph_calls import Call, Device, Eager, Forward, Kind, Place, Uncapturable, copies
 from .graph_cpu import Cpu
@@ -31,6 +32,9 @@ _thread = threading.local()
 
 class graphed:
     """A runner: ``runner(x)`` is ``model(x)`` in evaluation mode without gradients, bit for bit.
+
+    With the same kernels, that is: on a GPU `auto` may know one to gain in a graph alone, as its launch costs
+    nothing there, and last bits are then that kernel's.
 
     A call whose batch is one of ``batch_sizes`` replays what the first like it has left, one for each batch,
     image size, dtype, memory layout, autocast and choice of backends: on a GPU a CUDA graph, on a CPU the
@@ -240,13 +244,15 @@ class graphed:
 def _undisturbed() -> Iterator[None]:
     """Without gradients, inference tensors, and the casts in autocast's cache, which ends with it.
 
-    Other runners run their models inside, and a CPU's random numbers go on as if nothing had been drawn.
+    Other runners run their models inside, a CPU's random numbers go on as if nothing had been drawn, and
+    `auto` takes the kernels that gain in a graph.
     """
     keeps = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     _thread.captures = True
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        drawn_apart = torch.random.fork_rng(devices=[])
+        with torch.inference_mode(False), torch.no_grad(), drawn_apart, measurements.for_graphs():
             yield
     finally:
         _thread.captures = False

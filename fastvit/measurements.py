@@ -7,9 +7,11 @@ A table is a JSON file with a list of rows:
      "torch": "2.14.1", "triton": "3.8.0", "date": "2026-11-25", "commit": "e0047ec"}
 
 ``dtype`` is torch's name, or "tf32" for float32 products in it; ``options`` names what the call has beside
-the plain op, as in "norm+rope". ``ok`` is parity, ``ratio`` torch's time divided by ours. Every other field
-bounds a size of the call: a number is met exactly, and [low, high] includes both ends, null being open.
-The first row that covers a call decides, the user's own before the shipped ones.
+the plain op, as in "norm+rope". ``ok`` is parity, ``ratio`` torch's time divided by ours where Python makes
+the calls, and ``graphed``, which is optional, where a CUDA graph replays them: a small call may gain on the
+GPU less than its launch costs on the host. A row without it says the same of both, and null is no word of
+that one. Every other field bounds a size of the call: a number is met exactly, and [low, high] includes both
+ends, null being open. The first row that covers a call decides, the user's own before the shipped ones.
 """
 
 import importlib.util
@@ -17,7 +19,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ import torch
 Bounds = tuple[tuple[str, int, int | None], ...]
 Key = tuple[str, str, str, str, str]
 
-NOTES = {"ok", "ratio", "torch", "triton", "date", "commit"}
+NOTES = {"ok", "ratio", "graphed", "torch", "triton", "date", "commit"}
 KEY = ("op", "gpu", "dtype", "direction", "options")
 
 
@@ -42,37 +44,87 @@ class Question(NamedTuple):
     sizes: dict[str, int]
 
 
+class Measured(NamedTuple):
+    """A table's row: the sizes that it covers, and what it says of them, in eager and in a graph."""
+
+    bounds: Bounds
+    ok: bool
+    ratio: float | None
+    graphed: float | None
+
+
 class _Thread(threading.local):
     questions: list[Question] | None = None
+    graphed: bool = False
 
 
 _thread = _Thread()
 # Another number once the tables may say otherwise.
 generation = 0
-_tables: dict[Key, tuple[tuple[Bounds, str | None], ...]] | None = None
+_tables: dict[Key, tuple[Measured, ...]] | None = None
 
 
 def refusal(
     op: str, gpu: str, dtype: str, directions: tuple[str, ...], options: str, sizes: dict
 ) -> str | None:
-    """None if every direction of the call was measured right and no slower than torch's op, else why not."""
+    """None if every direction of the call was measured right and no slower than torch's op, else why not.
+
+    Inside ``for_graphs`` slower is what is slower in a graph, elsewhere what is slower in eager.
+    """
     if not torch.compiler.is_compiling() and _thread.questions is not None:
         _thread.questions.append(Question(op, gpu, dtype, directions, options, sizes))
+    asked, other = ("graphed", "ratio") if are_for_graphs() else ("ratio", "graphed")
     for direction in directions:
-        verdict = "not measured"
-        for bounds, said in _rows(op, gpu, dtype, direction, options):
-            if _cover(bounds, sizes):
-                verdict = said
-                break
-        if verdict is not None:
-            return verdict
+        rows = _rows(op, gpu, dtype, direction, options)
+        row = _first(rows, sizes, asked)
+        if row is None:
+            return "not measured"
+        if not row.ok:
+            return "measured to miss the parity contract"
+        if getattr(row, asked) < 1:
+            beside = _first(rows, sizes, other)
+            known = getattr(beside, other) if beside is not None and beside.ok else None
+            return _slower({asked: getattr(row, asked), other: known})
     return None
+
+
+def _slower(said: dict[str, float | None]) -> str:
+    known = {value for value in said.values() if value is not None}
+    if len(known) == 1:
+        return f"measured at {known.pop():.2f} times torch's speed"
+    return f"measured in eager {said['ratio']:.2f}, in a graph {said['graphed']:.2f} times torch's speed"
 
 
 def any_of(op: str, gpu: str) -> bool:
     """Whether anything of the op was measured on this GPU to be right and no slower."""
-    good = (key for key, rows in _loaded().items() if any(said is None for _, said in rows))
-    return (op, gpu) in {key[:2] for key in good}
+    asked = "graphed" if are_for_graphs() else "ratio"
+    for key, rows in _loaded().items():
+        if key[:2] == (op, gpu) and any(row.ok and (getattr(row, asked) or 0.0) >= 1 for row in rows):
+            return True
+    return False
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """What this thread runs in the ``with`` block is to be captured, or about to be: `auto` goes by that.
+
+    All of it, the runs before a capture too: a kernel whose first run is in a capture cannot be loaded there.
+    """
+    outer, _thread.graphed = _thread.graphed, True
+    try:
+        yield
+    finally:
+        _thread.graphed = outer
+
+
+def are_for_graphs() -> bool:
+    """Whether calls of this thread are for a graph.
+
+    A stream that someone else captures is no sign: what was run before, to load the kernels, was asked of
+    eager, and the capture is to hold the same. Nor is torch.compile's mode "reduce-overhead": what is traced
+    is not told whether it will be in a graph, and is run outside of one where shapes or inputs forbid it.
+    """
+    return not torch.compiler.is_compiling() and _thread.graphed
 
 
 @contextmanager
@@ -116,6 +168,14 @@ def clear() -> None:
     generation += 1
 
 
+def _first(rows: Iterable[Measured], sizes: dict, asked: str) -> Measured | None:
+    """The row that decides: the first that covers the sizes and says something of what is asked."""
+    for row in rows:
+        if getattr(row, asked) is not None and _cover(row.bounds, sizes):
+            return row
+    return None
+
+
 def _cover(bounds: Bounds, sizes: dict) -> bool:
     for name, low, high in bounds:
         if name not in sizes:
@@ -151,7 +211,7 @@ def _shipped() -> list[Path]:
     return sorted(path for folder in folders for path in Path(folder, "measured").glob("*.json"))
 
 
-def _read(path: Path) -> list[tuple[Key, tuple[Bounds, str | None]]]:
+def _read(path: Path) -> list[tuple[Key, Measured]]:
     try:
         return [_parsed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -160,14 +220,14 @@ def _read(path: Path) -> list[tuple[Key, tuple[Bounds, str | None]]]:
         return []
 
 
-def _parsed(row: dict[str, Any]) -> tuple[Key, tuple[Bounds, str | None]]:
+def _parsed(row: dict[str, Any]) -> tuple[Key, Measured]:
     key = tuple(str(row[name]) for name in KEY)
     bounds = []
     for name, bound in row.items():
         if name not in NOTES and name not in KEY:
             low, high = bound if isinstance(bound, list) else (bound, bound)
             bounds.append((name, int(low), None if high is None else int(high)))
-    ratio = float(row["ratio"])
-    if row["ok"] is not True:
-        return key, (tuple(bounds), "measured to miss the parity contract")
-    return key, (tuple(bounds), None if ratio >= 1 else f"measured at {ratio:.2f} times torch's speed")
+    ratio, graphed = (
+        None if value is None else float(value) for value in (row["ratio"], row.get("graphed", row["ratio"]))
+    )
+    return key, Measured(tuple(bounds), row["ok"] is True, ratio, graphed)

@@ -19,7 +19,10 @@ NOTHING = "there is nothing to tune on a CPU: `auto` goes by the table that fast
 
 @dataclass(frozen=True)
 class Tuned:
-    """A kernel at one call's sizes: whether it is right, torch's time by its own, and what changed."""
+    """A kernel at one call's sizes: whether it is right, torch's time by its own, and what changed.
+
+    ``graphed`` is ``ratio`` in a CUDA graph, None where that is the same.
+    """
 
     op: str
     dtype: str
@@ -28,13 +31,16 @@ class Tuned:
     ok: bool
     ratio: float
     before: str
+    graphed: float | None = None
 
     @property
     def now(self) -> str:
         """What `auto` does with it from now on."""
         if not self.ok:
             return "torch: it misses the parity contract"
-        return "the kernel" if self.ratio >= 1 else "torch"
+        eager, graphed = (x >= 1 for x in (self.ratio, self.ratio if self.graphed is None else self.graphed))
+        where = "" if eager == graphed else ", in a graph torch" if eager else ", in a graph the kernel"
+        return ("the kernel" if eager else "torch") + where
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ _HEADINGS = ("op", "dtype", "direction", "sizes", "speed", "before", "auto takes
 
 
 def _cells(row: Tuned) -> tuple[str, ...]:
-    speed = f"{row.ratio:.2f}x" if row.ok else "WRONG"
+    graphed = "" if row.graphed is None else f", in a graph {row.graphed:.2f}x"
+    speed = f"{row.ratio:.2f}x{graphed}" if row.ok else "WRONG"
     return row.op, row.dtype, row.direction, row.sizes, speed, row.before, row.now
 
 
@@ -135,4 +142,4 @@ def _verdict(candidate) -> str:
 def _tuned(row: dict[str, Any], before: str) -> Tuned:
     sizes = ", ".join(f"{name} {bound[0]}" for name, bound in row.items() if isinstance(bound, list))
     facts = (row["op"], row["dtype"], row["direction"], sizes)
-    return Tuned(*facts, row["ok"], row["ratio"], before)
+    return Tuned(*facts, row["ok"], row["ratio"], before, row.get("graphed"))

@@ -65,7 +65,14 @@ def hopper():
 
 
 def run(
-    asked, tmp_path, gpu, measure=lambda one: (True, 1.1), deadline=1.0, clock=lambda: 0.0, tried=None, **book
+    asked,
+    tmp_path,
+    gpu,
+    measure=lambda one: (True, 1.1, None),
+    deadline=1.0,
+    clock=lambda: 0.0,
+    tried=None,
+    **book,
 ):
     said = []
     kept = Book(tmp_path / "gpu.json", NOTES | {"gpu": gpu}, **book)
@@ -124,7 +131,7 @@ def test_a_broken_file_of_points_is_begun_anew(asked, hopper, tmp_path):
 def test_rows_of_what_is_not_measured_yet_stay(asked, hopper, tmp_path):
     run(asked, tmp_path, hopper)
     before = json.loads((tmp_path / "gpu.json").read_text())
-    run(asked[:1], tmp_path, hopper, measure=lambda one: (True, 0.5))
+    run(asked[:1], tmp_path, hopper, measure=lambda one: (True, 0.5, None))
     after = json.loads((tmp_path / "gpu.json").read_text())
     fields = ("op", "dtype", "direction", "options")
     first = asked[0].point.kind
@@ -132,6 +139,17 @@ def test_rows_of_what_is_not_measured_yet_stay(asked, hopper, tmp_path):
     others = [row for row in before if tuple(row[f] for f in fields) != first]
     assert len(others) > 10
     assert all(row in after for row in others)
+
+
+def test_a_graph_s_verdict_is_kept_beside_eager_s(asked, hopper, tmp_path):
+    points = {"points_file": tmp_path / "points.json", "state": "one"}
+    _, said, _ = run(asked[:1], tmp_path, hopper, measure=lambda one: (True, 0.5, 1.25), **points)
+    assert said[0].startswith(" 0.50x in eager, 1.25x in a graph ")
+    written = (tmp_path / "gpu.json").read_text()
+    assert {(row["ratio"], row["graphed"]) for row in json.loads(written)} == {(0.5, None), (None, 1.25)}
+    _, _, again = run(asked[:1], tmp_path, hopper, **points)
+    again.write()
+    assert (tmp_path / "gpu.json").read_text() == written
 
 
 def test_what_does_not_run_is_said_and_has_no_row(asked, hopper, tmp_path):
@@ -150,7 +168,7 @@ def test_what_a_run_died_of_is_not_measured_by_the_next_of_the_same_sources(aske
     def dies(one):
         if one is asked[1]:
             raise Died(tried.read_text())  # all that a process that dies here leaves
-        return True, 1.1
+        return True, 1.1, None
 
     with pytest.raises(Died) as death:
         run(asked[:3], tmp_path, hopper, dies, tried=tried, state="one", **points)
@@ -177,10 +195,11 @@ def _no_roofline(monkeypatch):
 
 
 def test_a_measurement_judges_and_compares():
-    ok, ratio = measure_gpu.measured(small(1.0), CPU)
+    ok, ratio, graphed = measure_gpu.measured(small(1.0), CPU)
     assert ok
+    assert graphed is None
     assert 0.1 < ratio < 10
-    assert measure_gpu.measured(small(1.01), CPU) == (False, 0.0)
+    assert measure_gpu.measured(small(1.01), CPU) == (False, 0.0, None)
 
 
 def test_a_side_that_cannot_run_is_no_measurement():

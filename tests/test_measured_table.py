@@ -1,7 +1,9 @@
 """From measured calls to a table: which sizes its rows cover, and what they say of them."""
 
+import dataclasses
 import itertools
 import json
+import random
 
 import pytest
 
@@ -145,6 +147,56 @@ def test_the_inner_width_goes_with_the_width(auto):
     ask = auto([point(0, 0, options="fused", sizes=size) for size in sizes])
     assert ask(options="fused", width=500, hidden=2000, rows=300) is None
     assert ask(options="fused", width=768, hidden=4096, rows=300) == "not measured"
+
+
+def in_a_graph(ask, **sizes):
+    with measurements.for_graphs():
+        return ask(**sizes)
+
+
+def test_eager_and_graph_are_bounded_each_by_itself(auto):
+    """Small calls gain in a graph alone, large ones in both; and one loses in a graph alone."""
+    ratios = {197: (0.5, 1.3), 1576: (1.1, 1.2), 12608: (1.2, 1.2), 50432: (1.1, 0.9)}
+    points = [point(w, rows, e, graphed=g) for w in (384, 768) for rows, (e, g) in ratios.items()]
+    ask = auto(points)
+    for width in (384, 500, 768):
+        assert all(ask(width=width, rows=rows) is None for rows in (1576, 5000, 20000, 10**6))
+        assert all(in_a_graph(ask, width=width, rows=rows) is None for rows in (197, 900, 1576, 12608))
+        assert ask(width=width, rows=900).startswith("measured in eager 0.50, in a graph 1.20")
+        assert in_a_graph(ask, width=width, rows=20000).startswith("measured in eager 1.10, in a graph 0.90")
+    assert ask(width=384, rows=196) == in_a_graph(ask, width=384, rows=196) == "not measured"
+
+
+def test_what_is_the_same_in_both_is_one_row():
+    assert table([point(w, r, graphed=1.2) for w in (384, 768) for r in (197, 1576)], NOTES) == table(
+        [point(w, r) for w in (384, 768) for r in (197, 1576)], NOTES
+    )
+    (row,) = table([point(768, rows, 1.1, graphed=2.0) for rows in (197, 1576)], NOTES)
+    assert (row["ratio"], row["graphed"]) == (1.1, 2.0)
+    assert list(row)[-6:] == ["ratio", "graphed", "torch", "triton", "date", "commit"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_verdict_is_that_of_a_table_of_its_own(auto, seed):
+    draw = random.Random(seed)
+    speeds = (0.7, 0.9, 1.1, 1.3)
+    grid = [(w, r) for w in (384, 768, 1024) for r in (197, 1576, 12608)]
+    both = [
+        point(w, r, draw.choice(speeds), draw.random() > 0.1, graphed=draw.choice(speeds)) for w, r in grid
+    ]
+    eager = [dataclasses.replace(p, graphed=None) for p in both]
+    graphs = [dataclasses.replace(p, ratio=p.graphed, graphed=None) for p in both]
+    sizes = list(itertools.product((384, 500, 768, 900, 1024), (100, 197, 900, 1576, 5000, 12608, 10**5)))
+
+    def taken(points, ask):
+        asked = auto(points)
+        return [ask(asked, width=width, rows=rows) is None for width, rows in sizes]
+
+    def in_eager(asked, **sizes):
+        return asked(**sizes)
+
+    assert taken(both, in_eager) == taken(eager, in_eager)
+    assert taken(both, in_a_graph) == taken(graphs, in_eager)
 
 
 def kept_of_a_cpu(found):

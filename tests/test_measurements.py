@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,6 +92,73 @@ def test_both_directions_are_needed_for_a_gradient(tables):
 def test_a_row_must_be_right_and_no_slower(tables, change, reason):
     tables(user=[ROW | change])
     assert ask() == reason
+
+
+def both(**sizes):
+    """What is asked in eager, and what for a graph."""
+    with measurements.for_graphs():
+        in_a_graph = ask(**sizes)
+    return ask(**sizes), in_a_graph
+
+
+def test_eager_and_graph_are_two_verdicts(tables):
+    said = "measured in eager 0.93, in a graph 1.21 times torch's speed"
+    tables(user=[ROW | {"ratio": 0.93, "graphed": 1.21}])
+    assert both() == (said, None)
+    with measurements.for_graphs():
+        assert measurements.any_of("attention", "NVIDIA H100")
+        assert ask(tokens=273) == "not measured"
+    assert not measurements.any_of("attention", "NVIDIA H100")
+    tables(user=[ROW | {"ratio": 1.02, "graphed": 0.87}])
+    assert both() == (None, "measured in eager 1.02, in a graph 0.87 times torch's speed")
+    tables(user=[ROW | {"ratio": 0.8, "graphed": 0.9, "ok": False}])
+    assert both() == ("measured to miss the parity contract",) * 2
+
+
+def test_a_row_of_one_verdict_says_it_of_both(tables):
+    tables(user=[ROW | {"ratio": 0.93}])
+    assert both() == ("measured at 0.93 times torch's speed",) * 2
+    tables(user=[ROW])
+    assert both() == (None, None)
+
+
+def test_a_row_may_have_no_word_of_one(tables):
+    few, many = {"batch_heads": [12, 96]}, {"batch_heads": [12, None]}
+    in_graphs = ROW | few | {"ratio": None, "graphed": 1.3}
+    tables(user=[in_graphs])
+    assert both() == ("not measured", None)
+    tables(user=[in_graphs, ROW | many | {"ratio": 0.5, "graphed": None}])
+    assert both() == ("measured in eager 0.50, in a graph 1.30 times torch's speed", None)
+    assert both(batch_heads=97) == ("measured at 0.50 times torch's speed", "not measured")
+    tables(user=[in_graphs | {"ok": False}, ROW])
+    assert both() == (None, "measured to miss the parity contract")
+
+
+def test_for_graphs_is_of_one_thread_and_ends(tables):
+    with measurements.for_graphs(), ThreadPoolExecutor(1) as pool:
+        with measurements.for_graphs():
+            pass
+        assert measurements.are_for_graphs()
+        assert not pool.submit(measurements.are_for_graphs).result()
+    assert not measurements.are_for_graphs()
+
+
+def test_whoever_captures_gets_what_was_warmed_up(tables, monkeypatch):
+    """Kernels that run for the first time in a capture cannot be loaded there: both ask of eager."""
+    tables(user=[ROW | {"ratio": 0.93, "graphed": 1.21}])
+    warmed_up = ask()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ask() == warmed_up
+    assert warmed_up is not None
+
+
+def test_a_compiler_asks_of_eager(tables):
+    tables(user=[ROW | {"ratio": 0.93, "graphed": 1.21}, ROW | {"tokens": [273, None]}])
+    torch.compiler.reset()
+    asked = torch.compile(lambda x: x + 1 if ask(tokens=x.shape[1]) is None else x - 1, backend="eager")
+    with measurements.for_graphs():
+        assert asked(torch.zeros(1, 197)).eq(-1).all()
+        assert asked(torch.zeros(1, 300)).eq(1).all()
 
 
 def test_the_users_own_row_comes_first(tables):

@@ -120,3 +120,18 @@ def test_as_text():
         *("attention", "bfloat16", "fwd", "head_dim", "64", "1.25x", "not", "measured", "the", "kernel")
     ]
     assert json.loads(result.to_json())["rows"][0]["now"] == "the kernel"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "graphed", "now"),
+    [
+        (0.9, 1.2, "torch, in a graph the kernel"),
+        (1.1, 0.9, "the kernel, in a graph torch"),
+        (1.1, 1.2, "the kernel"),
+        (0.8, 0.9, "torch"),
+    ],
+)
+def test_eager_and_graph_are_said_both(ratio, graphed, now):
+    row = tuning.Tuned("attention", "bfloat16", "fwd", "head_dim 64", True, ratio, "not measured", graphed)
+    assert row.now == now
+    assert f"{ratio:.2f}x, in a graph {graphed:.2f}x" in str(tuning.Tuning((row,)))

@@ -4,7 +4,8 @@
 
 The very questions that `auto` asks of the models below, the most important first: in bfloat16, float16, tf32
 and float32, forward and backward, at batches of 1 to 256. After them, on Hopper, whether fc1 is to have its
-activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded").
+activation in its epilogue (rows with the options "fused") and QKV and it the norm before ("folded"). Each is
+measured as Python calls it and in a graph, which are two verdicts.
 kernels/measured/<gpu>.json is written after each; with ``--points`` the next run goes on where this
 one ended, and with ``--tried`` without the call that it died of.
 """
@@ -36,16 +37,18 @@ from .gpu_questions import MODELS, MODES, Asked, folded, fused, of_models
 from .measured_table import Point, table
 
 ROUNDS, SECONDS = 15, 0.05
-Measure = Callable[[Asked], tuple[bool, float] | str]
+# Whether ours is right; torch's time by its own in eager, and in a graph, if that is another.
+Found = tuple[bool, float, float | None]
+Measure = Callable[[Asked], Found | str]
 
 
-def measured(asked: Asked, device: torch.device) -> tuple[bool, float] | str:
-    """Whether ours is right, and torch's time by its own; or why one of them does not run."""
+def measured(asked: Asked, device: torch.device) -> Found | str:
+    """What was found of ours, or why one of the two does not run."""
     providers = {"torch": asked.torchs, "ours": asked.ours}
     outcome = run_case(asked.case, providers, device, machine(), rounds=ROUNDS, seconds=SECONDS)
     if outcome.absent:
         return "; ".join(f"{name}: {reason}" for name, reason in outcome.absent.items())
-    return all(check.ok for check in outcome.checks["ours"]), outcome.speedups.get("ours", 0.0)
+    return all(check.ok for check in outcome.checks["ours"]), *outcome.ratios("ours")
 
 
 @dataclass
@@ -120,9 +123,10 @@ def run(
         if isinstance(found, str):
             say(f"  -    {title}: {found}")
             continue
-        ok, ratio = found
-        say(f"{ratio:5.2f}x {'' if ok else 'WRONG '}{title}")
-        book.add(Point(**vars(one.point) | {"ok": ok, "ratio": ratio}))
+        ok, ratio, graphed = found
+        beside = "" if graphed is None else f" in eager, {graphed:.2f}x in a graph"
+        say(f"{ratio:5.2f}x{beside} {'' if ok else 'WRONG '}{title}")
+        book.add(Point(**vars(one.point) | {"ok": ok, "ratio": ratio, "graphed": graphed}))
         book.write()
         count += 1
     return count
@@ -157,8 +161,11 @@ def main(
     if torch.cuda.get_device_capability(device) == HOPPER and extension.build_info().cutlass != "none":
         asked = (one for one in chain(fused(), folded()) if one.point.dtype in modes)
         count += run(asked, measure, book, **how)
-    good = sum(point.ok and point.ratio >= 1 for point in book.points.values())
-    print(f"{count} calls measured, {good} of {len(book.points)} right and no slower, in {book.file.name}")
+    right = [point for point in book.points.values() if point.ok]
+    eager = sum(point.ratio >= 1 for point in right)
+    graphed = sum((point.graphed or point.ratio) >= 1 for point in right)
+    good = f"{eager} of {len(book.points)} right and no slower, {graphed} in graphs"
+    print(f"{count} calls measured, {good}, in {book.file.name}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 Of a call's sizes one is what a model is made of (its width, or how many tokens an image has) and one how much
 there is of it (rows of all images together). A row holds for all sizes between two that were measured, and
 says the worst of those at its corners; beyond the most that was measured, what holds there holds on.
+
+In eager and in a graph rows are bounded each by itself: the same sizes with the same end are one row.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,7 @@ TIED = ("hidden", "out")
 
 @dataclass(frozen=True)
 class Point:
-    """A call that was measured: right or not, and torch's time divided by ours."""
+    """A call that was measured: right or not, and torch's time divided by ours, in eager and in a graph."""
 
     op: str
     dtype: str
@@ -29,6 +31,7 @@ class Point:
     sizes: dict[str, int]
     ok: bool
     ratio: float
+    graphed: float | None = None  # as in eager
 
     @property
     def axes(self) -> tuple[str, str]:
@@ -75,11 +78,51 @@ def table(points: Iterable[Point], notes: dict[str, Any], least: float = 1.0) ->
         notes: what each row says beside: gpu, torch, triton, date and commit.
         least: the ratio from which ours is taken.
     """
+    points = list(points)
+    eager, in_graphs = (_of_one(list(chosen), notes, least) for chosen in (points, map(_in_a_graph, points)))
+    if eager == in_graphs:
+        return _good_first(eager, least)
+    rows = []
+    for row in eager:
+        twin = next((other for other in in_graphs if _says_as(row, other, least)), None)
+        if twin is not None:
+            in_graphs.remove(twin)
+        rows.append(_with(row, row["ratio"], twin and twin["ratio"]))
+    return _good_first(rows + [_with(row, None, row["ratio"]) for row in in_graphs], least)
+
+
+def _in_a_graph(point: Point) -> Point:
+    return point if point.graphed is None else replace(point, ratio=point.graphed)
+
+
+def _says_as(row: dict[str, Any], other: dict[str, Any], least: float) -> bool:
+    """Of the same sizes, and taken or left alike: one row has one place among those that are taken first."""
+    alike = (row["ratio"] >= least) == (other["ratio"] >= least)
+    return alike and all(other[name] == value for name, value in row.items() if name != "ratio")
+
+
+def _with(row: dict[str, Any], ratio: float | None, graphed: float | None) -> dict[str, Any]:
+    """With both, behind each other; a row of one number for both has that alone."""
+    both = {"ratio": ratio} if ratio == graphed else {"ratio": ratio, "graphed": graphed}
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        made |= both if name == "ratio" else {name: value}
+    return made
+
+
+def _good_first(rows: list[dict[str, Any]], least: float) -> list[dict[str, Any]]:
+    def is_left(row: dict[str, Any]) -> bool:
+        ratio = row["ratio"] if row["ratio"] is not None else row["graphed"]
+        return not (row["ok"] and ratio >= least)
+
+    return sorted(rows, key=is_left)
+
+
+def _of_one(points: list[Point], notes: dict[str, Any], least: float) -> list[dict[str, Any]]:
     groups: dict[tuple, list[Point]] = {}
     for point in points:
         groups.setdefault((*point.kind, *sorted(point.exact.items())), []).append(point)
-    rows = [row for group in groups.values() for row in _rows(group, notes, least)]
-    return sorted(rows, key=lambda row: not (row["ok"] and row["ratio"] >= least))
+    return [row for group in groups.values() for row in _rows(group, notes, least)]
 
 
 def _rows(group: list[Point], notes: dict[str, Any], least: float) -> Iterator[dict[str, Any]]:

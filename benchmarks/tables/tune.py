@@ -78,6 +78,7 @@ def measure(found: list[Candidate], device: torch.device, on_step: Callable[[str
         }
         outcome = run_case(case, providers, device, here, rounds=20, seconds=0.2)
         ok = bool(outcome.checks.get("ours")) and all(check.ok for check in outcome.checks["ours"])
-        ratio = round(outcome.speedups.get("ours", 0.0), 3)
-        rows.append(candidate.row | {"ok": ok, "ratio": ratio} | notes | {"commit": here.commit or ""})
+        ratio, graphed = outcome.ratios("ours")
+        speeds = {"ratio": round(ratio, 3)} | ({} if graphed is None else {"graphed": round(graphed, 3)})
+        rows.append(candidate.row | {"ok": ok} | speeds | notes | {"commit": here.commit or ""})
     return rows

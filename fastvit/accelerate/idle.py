@@ -41,7 +41,8 @@ def ask(module: nn.Module, x: Tensor, calls: Callable[[], Any]) -> bool:
 
 
 def _kind(x: Tensor) -> tuple:
-    return (x.shape, x.dtype, compute_dtype(x), x.is_cuda, measurements.generation)
+    tables = measurements.are_for_graphs(), measurements.generation
+    return (x.shape, x.dtype, compute_dtype(x), x.is_cuda, *tables)
 
 
 def forget(module: nn.Module) -> None:

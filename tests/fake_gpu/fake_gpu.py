@@ -38,6 +38,7 @@ CHANGED = {
     "fastvit_benchmarks.bench_ops": "small_cases",
     "fastvit_benchmarks.attempts": "impatient",
     "fastvit_benchmarks.harness": "few_rounds",
+    "fastvit_benchmarks.gpu_timing": "small_flush",
     "fastvit_benchmarks.gpu.stages": "long_stages",
     "fastvit_benchmarks.roofline": "small_limits",
     "fastvit_benchmarks.tables.gpu_questions": "few_questions",
@@ -96,17 +97,36 @@ def planted(launcher, results):
 
 
 class Event:
+    replayed = 0.0  # seconds of all graphs' replays so far
+
     def __init__(self, **_):
         self.at = 0.0
 
     def record(self, stream=None):
-        self.at = time.perf_counter()
+        self.at = time.perf_counter() + Event.replayed
+
+    def query(self):
+        return False
 
     def synchronize(self):
         synchronize()
 
     def elapsed_time(self, end):
         return 1e3 * (end.at - self.at)
+
+
+class Graph:
+    """Computes nothing when it is replayed, which takes as long as its capture took."""
+
+    def replay(self):
+        Event.replayed += self.seconds
+
+
+@contextlib.contextmanager
+def capture(graph, **_):
+    began = time.perf_counter()
+    yield
+    graph.seconds = time.perf_counter() - began
 
 
 def cuda(torch):
@@ -129,11 +149,18 @@ def cuda(torch):
         "empty_cache": None,
         "manual_seed_all": None,
         "is_current_stream_capturing": False,
+        "current_stream": None,
+        "Stream": None,
+        "stream": contextlib.nullcontext(),
+        "_sleep": None,
+        "get_sync_debug_mode": 0,
+        "set_sync_debug_mode": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.accelerator.is_available = lambda: False
     torch.cuda.synchronize, torch.cuda.Event = synchronize, Event
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.version.cuda = "13.0"
 
@@ -189,7 +216,11 @@ def few_rounds(harness):
     def measure_little(providers, **how):
         return measure(providers, **how | {"rounds": 2, "warmup": 1, "min_seconds": 0.0})
 
-    harness._FLUSH_BYTES, harness.measure = 1024, measure_little
+    harness.measure = measure_little
+
+
+def small_flush(gpu_timing):
+    gpu_timing._FLUSH_BYTES = 1024
 
 
 def impatient(attempts):
