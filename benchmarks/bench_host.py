@@ -115,8 +115,9 @@ def least(call: Callable[[], Any], rounds: int = ROUNDS, calls: int = CALLS) -> 
 
 
 def calls_of(call: Callable[[], Any]) -> int:
-    """Python functions that a call enters: a count, the same on every machine."""
-    call()
+    """Python functions that a call enters once it is known: a count, the same on every machine."""
+    for _ in range(3):
+        call()
     count = 0
 
     def entered(frame, event, _):

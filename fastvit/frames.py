@@ -22,7 +22,7 @@ class Frame:
     """{op: backend}, for every thread or for one, entered inside of some checkpointed regions."""
 
     def __init__(self, requested: dict[str, str], everywhere: bool) -> None:
-        self.requested = requested
+        self.requested, self.asked = requested, tuple(requested.items())
         traced = torch.compiler.is_compiling()
         self.thread = None if everywhere or traced else get_ident()
         self.regions = () if traced else tuple(region for region, _ in _regions())
@@ -36,6 +36,8 @@ def holding() -> list[Frame]:
         return []
     thread = get_ident()
     held = [frame for frame in list(stack) if frame.thread in (None, thread)]
+    if torch.is_inference_mode_enabled() and torch._C._current_graph_task_id() == -1:
+        return held  # nothing is saved for a backward, which would compute it again
     regions = _regions()
     for region, again in regions:
         if again:

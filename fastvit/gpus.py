@@ -76,6 +76,11 @@ def assumed() -> Gpu | None:
         raise ValueError(f"FASTVIT_ARCH: {error}") from None
 
 
+def is_assumed() -> bool:
+    """Whether one may be: FASTVIT_ARCH may name none."""
+    return bool(_assumed or _environment)
+
+
 def gpu_of(device: torch.device | None = None) -> Gpu:
     """The GPU with this index, or the current one."""
     return assumed() or _present(device)

@@ -7,6 +7,7 @@ import torch
 from launch_kinds import HEADS, OPTIONS, OTHERS, TOKENS, expected, forward, tensors, uncompiled
 from triton.runtime.jit import JITFunction
 
+from fastvit_benchmarks import bench_host
 from fastvit_benchmarks.bench_host import no_gpu
 from fastvit_kernels import attention, launch_cache, patch_embed
 from fastvit_kernels.aot_compile import specialized
@@ -90,3 +91,14 @@ def test_triton_compiles_for_no_more_than_the_key_holds(driver):
             forward(options, **one)
             kinds.setdefault(planned.call_args.args[2], set()).add(compiled(dict(one), options))
     assert all(len(sources) == 1 for sources in kinds.values())
+
+
+# A count, which no busy machine changes: it was 440 where each op decided for itself.
+def test_python_functions_that_a_block_enters():
+    setting = bench_host.setting()
+    with torch.inference_mode(), bench_host.stubbed(setting):
+        provided = bench_host.providers(setting)
+        ours = [bench_host.calls_of(provided[name][0]) for name in ("block", "block, frozen weights")]
+        theirs = bench_host.calls_of(provided["block"][1])
+    assert max(ours) <= 210, ours
+    assert theirs >= 100
