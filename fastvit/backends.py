@@ -191,13 +191,6 @@ def _asked(op: str) -> tuple[str, bool]:
     return "auto", False
 
 
-def state() -> tuple:
-    """All that `resolve` looks at beside the call: what is asked for, and the environment's switches."""
-    if isinstance(_environment, ValueError):
-        raise _environment
-    return (*[frame.asked for frame in frames.holding()], _disabled, _unmeasured)
-
-
 def names_a_kernel() -> bool:
     """Whether a backend other than torch's own ops is named for an op."""
     return any(requested(op) not in ("auto", "reference") for op in TABLE)

@@ -48,6 +48,11 @@ def holding() -> list[Frame]:
     return held
 
 
+def asked() -> tuple:
+    """What those ask for, as a part of a key."""
+    return tuple([frame.asked for frame in holding()])
+
+
 _ATTRIBUTE = "_fastvit_frames"
 _FILE = checkpoint.__file__
 # Functions of torch.utils.checkpoint that are running, the variable of each that is the region's object, and

@@ -4,21 +4,14 @@ from unittest import mock
 
 import pytest
 import torch
-from timm.layers import Attention, LayerNorm
-from timm.models.vision_transformer import Block
-from torch import nn
-from torch.nn.utils import prune
+from direct_blocks import DIM, KERNELS, TOKENS, block, kernels_by_torch, ordinary, tokens
+from timm.layers import LayerNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
 from fastvit import backends, gpus, recording
 from fastvit.layers import direct
-from fastvit.reference import attention as reference
-from fastvit_kernels import attention
-
-KERNELS = {"attention": "triton", **dict.fromkeys(direct.KERNELS.keys() - {"attention"}, "cpp")}
-DIM, HEADS, TOKENS = 32, 2, 5
 
 
 @pytest.fixture(autouse=True)
@@ -28,31 +21,9 @@ def fresh():
     direct.forget()
 
 
-def block(mode="inference", dim=DIM, **how):
-    torch.manual_seed(0)
-    made = Block(dim, HEADS, **{"qkv_bias": True, **how}).eval()
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return fastvit.accelerate(made, mode)
-
-
-def tokens(batch=1, dim=DIM, dtype=torch.float32):
-    torch.manual_seed(1)
-    return torch.randn(batch, TOKENS, dim).to(dtype)
-
-
 @pytest.fixture
 def quick():
-    """The Triton kernels' numbers by torch: the interpreter takes its time."""
-
-    def of_views(q, k, v, *, with_lse, precision, **options):
-        return reference(q, k, v, **options), None
-
-    def packed(qkv, num_heads, options):
-        views = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-        return of_views(*views, with_lse=False, **options._asdict())[0]
-
-    with mock.patch.multiple(attention, attention_fwd=of_views, attention_packed=packed):
+    with kernels_by_torch():
         yield
 
 
@@ -61,11 +32,6 @@ def resolved():
     """How often an op was resolved."""
     with mock.patch.object(backends, "resolve", mock.Mock(wraps=backends.resolve)) as resolve:
         yield resolve
-
-
-def ordinary(call):
-    with mock.patch.object(direct, "_kind", return_value=None):
-        return call()
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
@@ -94,10 +60,6 @@ def test_the_second_call_asks_nothing_and_gives_the_same_numbers(resolved, how, 
     assert torch.equal(second, expected)
     theirs = type(made).original.forward(made, x).detach()
     torch.testing.assert_close(second, theirs, rtol=1e-4, atol=1e-4)
-
-
-class Typed(torch.Tensor):
-    pass
 
 
 class Looking(TorchFunctionMode):
@@ -178,73 +140,6 @@ def test_transforms_and_traces_are_the_originals(quick):
         assert "fastvit::" not in str(traced.inlined_graph)
         mapped = torch.func.vmap(made, in_dims=0)(x[:, None])
         torch.testing.assert_close(mapped[:, 0], expected, rtol=1e-4, atol=1e-4)
-
-
-def replaced(made, name, value):
-    parent, _, last = name.rpartition(".")
-    setattr(made.get_submodule(parent), last, value)
-
-
-class Twice(nn.Module):
-    def forward(self, x):
-        return 2 * x
-
-
-def hooked(made):
-    made.attn.proj.register_forward_hook(lambda module, args, out: out + 1)
-
-
-def pruned(made):
-    prune.random_unstructured(made.mlp.fc1, "weight", 0.5)
-
-
-def in_half(made):
-    for parameter in made.parameters():
-        parameter.data = parameter.data.half()
-
-
-def typed(made):
-    weight = nn.Parameter(made.mlp.fc2.weight.detach().as_subclass(Typed), requires_grad=False)
-    made.mlp.fc2.weight = weight
-
-
-EDITS = {
-    "a hook": hooked,
-    "pruning": pruned,
-    "an activation": lambda made: replaced(made, "mlp.act", nn.SiLU()),
-    "an unknown activation": lambda made: replaced(made, "mlp.act", Twice()),
-    "a weight": lambda made: replaced(made, "attn.qkv.weight", nn.Parameter(torch.ones(3 * DIM, DIM))),
-    "a weight's memory": lambda made: setattr(made.norm2.weight, "data", torch.full((DIM,), 3.0)),
-    "numbers": lambda made: made.attn.proj.weight.data.mul_(2),
-    "no bias": lambda made: replaced(made, "attn.proj.bias", None),
-    "eps": lambda made: replaced(made, "norm1.eps", 0.5),
-    "heads": lambda made: (replaced(made, "attn.num_heads", 4), replaced(made, "attn.head_dim", 8)),
-    "a wider MLP": lambda made: replaced(made, "mlp", block(mlp_ratio=3.0).mlp),
-    "a norm": lambda made: replaced(made, "norm2", nn.LayerNorm(DIM, eps=0.1)),
-    "an identity": lambda made: replaced(made, "ls1", Twice()),
-    "attention": lambda made: replaced(made, "attn", Attention(DIM, 4, qkv_bias=True)),
-    "a patched forward": lambda made: replaced(made, "mlp.forward", lambda x: x),
-    "another type": typed,
-    "restore": fastvit.restore,
-}
-
-
-@pytest.mark.parametrize("mode", ["train", "inference"])
-@pytest.mark.parametrize("edit", EDITS)
-def test_no_edit_goes_unnoticed(quick, edit, mode):
-    edited, twin, x = block(mode), block(mode), tokens()
-    with torch.no_grad(), fastvit.use_backend(**KERNELS):
-        for _ in range(2):
-            edited(x)
-        before = edited(x)
-        torch.manual_seed(2)
-        EDITS[edit](edited)
-        after = edited(x)
-        torch.manual_seed(2)
-        EDITS[edit](twin)
-        assert torch.equal(after, ordinary(lambda: twin(x)))
-        assert edit in ("restore", "another type") or not torch.equal(after, before)
-        assert torch.equal(after, edited(x))
 
 
 def test_tokens_of_another_shape_are_another_kind(quick, resolved):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import asking, backends, gpus, measurements, recording
+from .. import asking, frames, gpus, measurements, recording
 from ..ops import direct as ops
 from .attention import BetweenProjections
 from .halves import AttentionHalf, MlpHalf
@@ -102,7 +102,7 @@ def _kind(
     ):
         return None
     norm, arguments = attention.norm, mlp.arguments
-    state = backends.state(), measurements.are_for_graphs(), measurements.generation
+    state = frames.asked(), measurements.are_for_graphs(), measurements.generation
     key = [*state, between.num_heads, between.scale, norm.norm, branch.frozen, *arguments]
     tensors = (x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias)
     tensors += (attention.proj_weight, attention.proj_bias, branch.layer_scale, mlp.branch.layer_scale)
