@@ -131,6 +131,16 @@ def train(
     _models(names, batch_size, dtype, device, rounds, *kept, **which, training=True)
 
 
+@app.command()
+def host(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the fastest counts.")] = 300,
+) -> None:
+    """Time the Python of a block beside that of timm's: nothing is computed, no GPU takes part."""
+    from fastvit_benchmarks.bench_host import bench_host_command
+
+    raise typer.Exit(bench_host_command(_console(), rounds))
+
+
 def _models(names, batch_size, dtype, device, rounds, baseline, slower, resume, json, csv, png, **which):
     from fastvit_benchmarks.commands import bench_models_command, outputs
 

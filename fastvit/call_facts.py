@@ -11,6 +11,8 @@ from .reference.normalization import is_autocast
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """In which dtype torch's own op would run: autocast's, except for float64."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensor.dtype
     if is_autocast(tensor) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype

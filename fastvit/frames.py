@@ -22,7 +22,7 @@ class Frame:
     """{op: backend}, for every thread or for one, entered inside of some checkpointed regions."""
 
     def __init__(self, requested: dict[str, str], everywhere: bool) -> None:
-        self.requested = requested
+        self.requested, self.asked = requested, tuple(requested.items())
         traced = torch.compiler.is_compiling()
         self.thread = None if everywhere or traced else get_ident()
         self.regions = () if traced else tuple(region for region, _ in _regions())
@@ -36,6 +36,8 @@ def holding() -> list[Frame]:
         return []
     thread = get_ident()
     held = [frame for frame in list(stack) if frame.thread in (None, thread)]
+    if torch.is_inference_mode_enabled() and torch._C._current_graph_task_id() == -1:
+        return held  # nothing is saved for a backward, which would compute it again
     regions = _regions()
     for region, again in regions:
         if again:
@@ -44,6 +46,11 @@ def holding() -> list[Frame]:
         if not again and not hasattr(region, _ATTRIBUTE):
             setattr(region, _ATTRIBUTE, [frame for frame in held if region not in frame.regions])
     return held
+
+
+def asked() -> tuple:
+    """What those ask for, as a part of a key."""
+    return tuple([frame.asked for frame in holding()])
 
 
 _ATTRIBUTE = "_fastvit_frames"

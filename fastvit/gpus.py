@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -76,14 +77,34 @@ def assumed() -> Gpu | None:
         raise ValueError(f"FASTVIT_ARCH: {error}") from None
 
 
+def is_assumed() -> bool:
+    """Whether one may be: FASTVIT_ARCH may name none."""
+    return bool(_assumed or _environment)
+
+
 def gpu_of(device: torch.device | None = None) -> Gpu:
     """The GPU with this index, or the current one."""
     return assumed() or _present(device)
 
 
+def is_there() -> bool:
+    """Whether torch finds a GPU, or one is assumed; where one is in use, none is looked for."""
+    return is_assumed() or torch.cuda.is_initialized() or torch.cuda.is_available()
+
+
 def _present(device: torch.device | None) -> Gpu:
+    if not torch.cuda.is_initialized():
+        return _described(device)
+    index = None if device is None else device.index
+    return _with_index(torch.cuda.current_device() if index is None else index)
+
+
+def _described(device: torch.device | int | None) -> Gpu:
     facts = torch.cuda.get_device_properties(device)
     return Gpu(facts.name, (facts.major, facts.minor))
+
+
+_with_index = cache(_described)
 
 
 # What torch.compiler.assume_constant_result sets, whose import is the whole compiler's.

@@ -138,6 +138,11 @@ def listening() -> Iterator[list[Question]]:
         _thread.questions = outer
 
 
+def are_listened_to() -> bool:
+    """Whether this thread's questions are noted: each call is to ask its own."""
+    return _thread.questions is not None
+
+
 def keep(rows: list[dict[str, Any]]) -> Path:
     """Add rows to the user's own table, in the place of those for the same calls; returns the file."""
     path = user_file()

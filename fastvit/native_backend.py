@@ -234,8 +234,7 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 def machine_name(device: str) -> str:
     """What measurements are of: a GPU by its name, a CPU by the instructions that decide."""
     if device == "cuda":
-        there = gpus.assumed() is not None or torch.cuda.is_available()
-        return gpus.gpu_of().name if there else "a CUDA GPU"
+        return gpus.gpu_of().name if gpus.is_there() else "a CUDA GPU"
     return _cpu_name()
 
 

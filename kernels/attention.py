@@ -11,6 +11,7 @@ from .attention_bwd import _attention_bwd_kernel
 from .attention_fwd import _attention_fwd_kernel
 from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
+from .launch_cache import run
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
 
 # What a program owns in each of the backward's launches, in their order.
@@ -38,8 +39,23 @@ def attention_fwd(
     batch, tokens, heads, dim = q.shape
     out = torch.empty((batch, tokens, heads * dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens) if with_lse else 0, dtype=torch.float32, device=q.device)
-    plan_fwd(q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))()
+    run(plan_fwd, q, k, v, out, lse if with_lse else None, Options(**options), arch_of(q.device))
     return out, lse
+
+
+def attention_packed(qkv: Tensor, num_heads: int, options: Options) -> Tensor:
+    """``attention_fwd`` of qkv [B, N, 3 * H * d], in the order (3, H, d), for inference: [B, N, H * d]."""
+    batch, tokens, width = qkv.shape
+    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    run(plan_packed, qkv, num_heads, out, options, arch_of(qkv.device))
+    return out
+
+
+def plan_packed(qkv: Tensor, num_heads: int, out: Tensor, options: Options, arch: str) -> Launch:
+    """The launch of ``attention_packed``; qkv is read where it lies, so its channels must be contiguous."""
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
+    return plan_fwd(q, k, v, out, None, options, arch)
 
 
 def plan_fwd(
@@ -106,8 +122,7 @@ def attention_bwd(
     chosen = Options(**options)
     facts = torch.empty((batch, heads, tokens, 4), dtype=torch.float32, device=q.device)
     sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else ()
-    for launch in plan_bwd(grad_out, q, k, v, out, lse, dqkv, facts, sums, chosen, arch_of(q.device)):
-        launch()
+    run(plan_bwd, grad_out, q, k, v, out, lse, dqkv, facts, sums, chosen, arch_of(q.device))
     if not sums:
         return dqkv, None, None, None, None
     of_q, of_k = [share.sum(0) for share in sums]

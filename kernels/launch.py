@@ -32,17 +32,19 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
-    def __call__(self) -> None:
+    def __call__(self) -> Any:
         """Run it on the current stream of the device that its tensors are on; an empty grid runs nothing.
+
+        Returns what Triton gives for it: the compiled kernel, or None from its interpreter.
 
         Raises:
             ValueError: if the grid is larger than CUDA takes.
         """
         check_grid(self.grid)
         if 0 in self.grid:
-            return
+            return None
         with device_guard(next(a for a in self.args.values() if isinstance(a, Tensor))):
-            self.kernel[self.grid](
+            return self.kernel[self.grid](
                 **self.args,
                 **self.constants,
                 num_warps=self.num_warps,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import patch_embed_plan as plan
 from .launch import arch_of
+from .launch_cache import run
 from .patch_embed_aot import aot_launches
 from .patch_embed_projection import Projection, colours, flatten_weight, fold, image_layout, project
 
@@ -41,7 +42,7 @@ def patch_embed_fwd(
     )
     if out.numel():
         projection = projection or project(images, weight, bias, mean, std)
-        plan.fwd(arch_of(out.device), images, patch, projection, pos_embed, prefix, out, precision)()
+        run(plan.fwd, arch_of(out.device), images, patch, projection, pos_embed, prefix, out, precision)
     return out
 
 
@@ -72,7 +73,7 @@ def patch_embed_bwd(
         gradients["images"] = dimages = torch.empty_like(images)
         if dimages.numel():
             flat = flatten_weight(weight, image_layout(dimages))
-            plan.dimages(arch, grad_out, flat, weight.shape[2:], std, dimages, num_prefix, precision)()
+            run(plan.dimages, arch, grad_out, flat, weight.shape[2:], std, dimages, num_prefix, precision)
     if needs[1]:
         gradients["weight"] = _dweight(arch, grad_out, images, weight, mean, std, num_prefix, precision)
     if any(needs[2:]):
@@ -80,11 +81,11 @@ def patch_embed_bwd(
         dprefix = weight.new_empty(1, num_prefix, width) if needs[4] else None
         num_patches = grad_out.shape[1] - num_prefix
         sums = weight.new_empty(num_patches, width, dtype=torch.float32) if needs[2] else None
-        plan.sum_images(grad_out, dpos, dprefix, sums, num_prefix)()
+        run(plan.sum_images, grad_out, dpos, dprefix, sums, num_prefix)
         gradients |= {"pos_embed": dpos, "prefix": dprefix}
         if sums is not None:
             gradients["bias"] = dbias = weight.new_empty(width)
-            plan.sum_rows(sums, dbias)()
+            run(plan.sum_rows, sums, dbias)
     names = ("images", "weight", "bias", "pos_embed", "prefix")
     return tuple(gradients.get(name) for name in names)
 
@@ -100,15 +101,16 @@ def _dweight(
     precision: str,
 ) -> Tensor:
     """[D, C, ph, pw], channels_last if the images are."""
-    width, channels, *patch = weight.shape
+    width, channels, *_ = weight.shape
+    patch = weight.shape[2:]
     size = weight[0].numel()
     splits = plan.dweight_splits(arch, grad, size, num_prefix, precision)
     flat = weight.new_empty(width, size)
     # A single chunk is the sum already.
     partials = flat[None] if splits == 1 else flat.new_empty(splits, width, size, dtype=torch.float32)
-    plan.dweight(arch, grad, images, patch, mean, std, partials, num_prefix, precision)()
+    run(plan.dweight, arch, grad, images, patch, mean, std, partials, num_prefix, precision)
     if splits > 1:
-        plan.sum_rows(partials, flat)()
+        run(plan.sum_rows, partials, flat)
     if image_layout(images) == "nhwc":
         return flat.view(width, *patch, channels).permute(0, 3, 1, 2)
     return flat.view(weight.shape)

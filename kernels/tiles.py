@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from . import launch_cache
+
 FOLDER = Path(__file__).parent / "tiles"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 # Programs that make a GPU of each kind busy: its multiprocessors, of the smallest product that is common.
@@ -71,12 +73,17 @@ def overriding(kernel: str, arch: str, index: int, entry: dict[str, Any]) -> Ite
     """For whoever measures tiles: inside the ``with`` block this entry stands at that place of the table."""
     rows = table(arch)[kernel]
     before, rows[index] = rows[index], entry
-    tile.cache_clear()
+    _forget()
     try:
         yield
     finally:
         rows[index] = before
-        tile.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    tile.cache_clear()
+    launch_cache.forget()
 
 
 @cache

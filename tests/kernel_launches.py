@@ -57,8 +57,12 @@ def attention_form(kernels: ModuleType, form: str | None) -> Iterator[None]:
         constants = {name: size * larger if "BLOCK" in name else size for name, size in chosen.items()}
         return kernels.tiles.Tile(constants, 4, 2, "modelled")
 
-    with mock.patch.object(kernels.attention, "tile", tile):
-        yield
+    kernels.launch_cache.forget()
+    try:
+        with mock.patch.object(kernels.attention, "tile", tile):
+            yield
+    finally:
+        kernels.launch_cache.forget()
 
 
 @contextmanager

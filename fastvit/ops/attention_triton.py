@@ -50,6 +50,19 @@ def attention(
     return registration.call(_fwd, *views, *values, False)[0]
 
 
+def packed(qkv: Tensor, num_heads: int, scale: float | None, norms: dict) -> Tensor:
+    """The kernel's forward of qkv in its own dtype, in the op's place: no gradients, nobody looks on."""
+    from fastvit_kernels import attention as kernels
+    from fastvit_kernels.attention_options import Options
+
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
+    precise = qkv.dtype != torch.float32 or not tf32("attention")
+    options = Options(scale, precision="ieee" if precise else "tf32", **norms)
+    return kernels.attention_packed(qkv, num_heads, options)
+
+
 def attention_of_views(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, attn_mask: Tensor | None
 ) -> Tensor:

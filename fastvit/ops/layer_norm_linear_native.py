@@ -24,15 +24,19 @@ def layer_norm_linear(
 ) -> Tensor:
     """The public op's call; under autocast the product is in low precision and the norm in float32."""
     dtype = compute_dtype(weights[0])
-    if all(bias is None for bias in biases):
-        biases = ()
-    else:
-        both = zip(weights, biases, strict=True)
-        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in both]
+    biases = given_biases(weights, biases)
     inputs = (x, norm_weight, norm_bias, list(weights), list(biases))
     if registration.records_gradients(x, norm_weight, norm_bias, *weights, *biases):
         return _recorded(*inputs, eps, norm, dtype, frozen)
     return registration.call(_fwd, *inputs, eps, norm, dtype, False, frozen, moments)[0]
+
+
+def given_biases(weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """A bias for each weight, or none."""
+    if all(bias is None for bias in biases):
+        return []
+    both = zip(weights, biases, strict=True)
+    return [w.new_zeros(len(w)) if bias is None else bias for w, bias in both]
 
 
 def _recorded(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, frozen):

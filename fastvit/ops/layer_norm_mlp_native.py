@@ -116,14 +116,14 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
 def _fwd_kernels(*arguments):
     inputs, options = Inputs(*arguments[:13]), Options(*arguments[13:])
     eps, activation, norm, dtype, frozen, save, moments, with_moments = options
-    ready, scale = inputs, {"fc2": inputs.layer_scale}
-    for layer in ("fc1", "fc2", "gate") if inputs.gate_weight is not None else ("fc1", "fc2"):
-        weight, bias = getattr(inputs, f"{layer}_weight"), getattr(inputs, f"{layer}_bias")
-        biases = () if bias is None else (bias,)
-        read = native.product(inputs.x, (weight,), biases, scale.get(layer), dtype, frozen)
-        ready = ready._replace(**{f"{layer}_weight": read.weights[0], f"{layer}_bias": read.bias})
-        if layer == "fc2":
-            ready = ready._replace(layer_scale=read.layer_scale)
+    x, norm_weight, norm_bias, *layers, gate_weight, gate_bias, _, _, layer_scale, _ = inputs
+    fc1 = _product(x, *layers[:2], None, dtype, frozen)
+    fc2 = _product(x, *layers[2:], layer_scale, dtype, frozen)
+    products = [fc1.weights[0], fc1.bias, fc2.weights[0], fc2.bias, None, None]
+    if gate_weight is not None:
+        gate = _product(x, gate_weight, gate_bias, None, dtype, frozen)
+        products[4:] = gate.weights[0], gate.bias
+    ready = (x, norm_weight, norm_bias, *products, *inputs[9:11], fc2.layer_scale, inputs.sample_scale)
     folded, weights = [], (inputs.fc1_weight,)
     if frozen and activation != "swiglu" and native.folds(OP, inputs.x, weights, dtype):
         biases = () if inputs.fc1_bias is None else (inputs.fc1_bias,)
@@ -131,6 +131,10 @@ def _fwd_kernels(*arguments):
     how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
     given = (*ready, eps, activation, norm, folded, moments, save, with_moments)
     return native.ops.layer_norm_mlp_fwd(*given, *how)
+
+
+def _product(x, weight, bias, layer_scale, dtype, frozen) -> native.Product:
+    return native.product(x, (weight,), () if bias is None else (bias,), layer_scale, dtype, frozen)
 
 
 def _fwd_shapes(*arguments):

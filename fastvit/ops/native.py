@@ -89,7 +89,11 @@ def product(
         copy = _frozen_product(x, weights, biases, scale, dtype)
         if copy is not None:
             return copy
-    return Product([weight.to(dtype) for weight in weights], [bias.to(dtype) for bias in biases], scale)
+    return Product(_cast(weights, dtype), _cast(biases, dtype), scale)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def _frozen_product(

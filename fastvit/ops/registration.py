@@ -73,9 +73,11 @@ def call(op: Any, *args: Any) -> Any:
 
     And past the dispatcher too, where nobody is watching: it takes as long as some kernels do.
     """
-    if torch.compiler.is_compiling() or exporting():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # so or so exporting
         return op(*args)
-    return below_autograd(op if _is_watched(args) else _kernels[op], *args)
+    run = op if is_watched(args) else _kernels[op]
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(*args)
 
 
 def kernels_of(op: Any) -> Callable | None:
@@ -83,9 +85,9 @@ def kernels_of(op: Any) -> Callable | None:
     return _kernels.get(op)
 
 
-def _is_watched(args: tuple) -> bool:
+def is_watched(args: tuple) -> bool:
     """Whether a mode or a tensor of another type is to see the op itself."""
-    return torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))
+    return bool(torch._C._len_torch_dispatch_stack()) or not _PLAIN.issuperset(map(type, args))
 
 
 def below_autograd(op: Any, *args: Any) -> Any:

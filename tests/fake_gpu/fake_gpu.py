@@ -32,6 +32,7 @@ CHANGED = {
     "fastvit.native_backend": "native_backend",
     "fastvit.backends": "library_calls",
     "fastvit.ops": "library_ops",
+    "fastvit.layers.direct": "decided_each_time",
     "fastvit_kernels.launch": "launches",
     "fastvit_kernels.attention": "attention",
     "fastvit_kernels.patch_embed": "patch_embed",
@@ -272,6 +273,11 @@ def library_calls(backends):
         return "reference" if name == "cuda" else name
 
     backends.resolve = resolved
+
+
+def decided_each_time(direct):
+    """The library's own kernels, which a block would call directly, are not there."""
+    direct._kind = lambda *_: None
 
 
 def library_ops(ops):

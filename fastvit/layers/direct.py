@@ -1,0 +1,140 @@
+"""A block's four ops, called past all that was decided before for a call of the same kind.
+
+Each op asks which backend is for the call, and hands its arguments through several functions: on the CPU that
+takes longer than small kernels take on a GPU. Nothing but metadata and torch's own settings decides. So once
+all ops of a block ran on kernels, the next call in the same state, on tensors with the same metadata, goes to
+those kernels at once. It is for inference: where gradients are recorded, each op records its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .. import asking, frames, gpus, measurements, recording
+from ..ops import direct as ops
+from .attention import BetweenProjections
+from .halves import AttentionHalf, MlpHalf
+from .regularization import drops
+from .settings import Settings
+
+MOST = 1024  # kinds of call that are kept; then they are looked at again
+KERNELS = {
+    "layer_norm_linear": ("cpp", "cuda"),
+    "attention": ("triton",),
+    "linear_residual": ("cpp", "cuda"),
+    "layer_norm_mlp": ("cpp", "cuda"),
+}
+# Whether all ops of such a call ran on kernels.
+_known: dict[tuple, bool] = {}
+
+
+def run(
+    x: Tensor,
+    attention: AttentionHalf,
+    mlp: MlpHalf | Callable[[Tensor], Tensor],
+    options: dict[str, Any],
+    settings: Settings,
+    ordinary: Callable[[], Tensor],
+) -> Tensor:
+    """Both halves on x [B, N, D]: as ``ordinary`` runs them, or past its decisions where they are known.
+
+    ``options`` go to the attention half; a kind of call is known once ``ordinary`` has run it.
+    """
+    key = _kind(x, attention, mlp, options, settings)
+    if key is None:
+        return ordinary()
+    if (direct := _known.get(key)) is None:
+        with recording.recording() as recorder:
+            out = ordinary()
+        seen = [(event.op, event.backend) for event in recorder.events]
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[key] = [op for op, _ in seen] == [*KERNELS] and all(name in KERNELS[op] for op, name in seen)
+        return out
+    return _direct(x, attention, mlp) if direct else ordinary()
+
+
+def _direct(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
+    norm, between, branch = attention.norm, attention.attend, attention.branch
+    with torch._C._AutoDispatchBelowAutograd():
+        packed = ops.layer_norm_linear(
+            *(x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias),
+            *(norm.eps, norm.norm, branch.frozen),
+        )
+        tokens = ops.attention(packed, between.num_heads, between.scale, between.qk_norm)
+        weights = attention.proj_weight, attention.proj_bias
+        x = ops.linear_residual(tokens, *weights, x, branch.layer_scale, branch.frozen)
+        return ops.layer_norm_mlp(x, mlp.arguments, mlp.branch.layer_scale, mlp.branch.frozen)
+
+
+def _kind(
+    x: Tensor, attention: AttentionHalf, mlp: Any, options: dict[str, Any], settings: Settings
+) -> tuple | None:
+    """All by which the ops decide, or None for a call at which they are to look themselves."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or recording.active
+        or asking.is_asking()
+        or gpus.is_assumed()
+        or measurements.are_listened_to()
+    ):
+        return None
+    between, branch = attention.attend, attention.branch
+    if (
+        type(between) is not BetweenProjections
+        or type(mlp) is not MlpHalf
+        or between.norm is not None
+        or between.dropout_p
+        or settings.reference_ops
+        or drops(branch.drop_path)
+        or drops(mlp.branch.drop_path)
+        # Masks, rotary positions, causal attention; a tensor is not to be asked for its truth.
+        or any(option is not None and option is not False for option in options.values())
+    ):
+        return None
+    norm, arguments = attention.norm, mlp.arguments
+    state = frames.asked(), measurements.are_for_graphs(), measurements.generation
+    key = [*state, between.num_heads, between.scale, norm.norm, branch.frozen, *arguments]
+    tensors = (x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias)
+    tensors += (attention.proj_weight, attention.proj_bias, branch.layer_scale, mlp.branch.layer_scale)
+    if not _add(key, tensors) or not _add(key, arguments.values()):
+        return None
+    if between.qk_norm is not None and not _add(key, between.qk_norm.values()):
+        return None
+    if x.is_cuda and x.dtype == torch.float32:
+        key.append(torch._C._get_fp32_precision_getter("cuda", "matmul"))
+    return tuple(key)
+
+
+def _add(key: list, values: Any) -> bool:
+    """Add what matters of values; False for a tensor of another type than torch's own."""
+    for value in values:
+        layer = type(value)
+        if layer is nn.Parameter or layer is Tensor:
+            key += (value.dtype, value.shape, value.device)
+        elif layer is tuple:
+            key.append(len(value))
+            if not _add(key, value):
+                return False
+        elif layer in _PLAIN:
+            key.append(value)
+        else:
+            return False
+    return True
+
+
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+def forget() -> None:
+    """Look at every kind of call again: for who changes in another way what backends can run."""
+    _known.clear()
