@@ -66,8 +66,9 @@ def _direct(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
         )
         tokens = ops.attention(packed, between.num_heads, between.scale, between.qk_norm)
         weights = attention.proj_weight, attention.proj_bias
-        x = ops.linear_residual(tokens, *weights, x, branch.layer_scale, branch.frozen)
-        return ops.layer_norm_mlp(x, mlp.arguments, mlp.branch.layer_scale, mlp.branch.frozen)
+        x, moments = ops.linear_residual(tokens, *weights, x, branch.layer_scale, branch.frozen)
+        branch = mlp.branch
+        return ops.layer_norm_mlp(x, mlp.arguments, branch.layer_scale, branch.frozen, moments)
 
 
 def _kind(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import layer_norm_linear_native, layer_norm_mlp_native, linear_residual_native
+from . import layer_norm_linear_native, layer_norm_mlp_native, linear_residual_native, native
 from .layer_norm_linear import several
 
 
@@ -37,13 +37,18 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None,
     frozen: bool,
-) -> Tensor:
-    """That of the compiled libraries."""
+) -> tuple[Tensor, Tensor | None]:
+    """That of the compiled libraries, and the moments of the result where they are worth it."""
     inputs = (x, weight, bias, residual, layer_scale, None)
-    return linear_residual_native._fwd_kernels(*inputs, weight.dtype, frozen, False)[0]
+    op, dtype = linear_residual_native.OP, weight.dtype
+    with_moments = frozen and native.gives_moments(op, residual, x.shape[-1], dtype)
+    out, moments = linear_residual_native._fwd_kernels(*inputs, dtype, frozen, False, with_moments)
+    return out, moments[0] if moments else None
 
 
-def layer_norm_mlp(x: Tensor, arguments: dict, layer_scale: Tensor | None, frozen: bool) -> Tensor:
+def layer_norm_mlp(
+    x: Tensor, arguments: dict, layer_scale: Tensor | None, frozen: bool, moments: Tensor | None
+) -> Tensor:
     """That of the compiled libraries; ``arguments`` are the public op's."""
     inputs = layer_norm_mlp_native.Inputs(
         x,
@@ -61,5 +66,5 @@ def layer_norm_mlp(x: Tensor, arguments: dict, layer_scale: Tensor | None, froze
         None,
     )
     eps, activation, norm = arguments["eps"], arguments["activation"], arguments["norm"]
-    how = (eps, activation, norm, inputs.fc1_weight.dtype, frozen, False)
+    how = (eps, activation, norm, inputs.fc1_weight.dtype, frozen, False, moments)
     return layer_norm_mlp_native._fwd_kernels(*inputs, *how)[0]
