@@ -106,7 +106,9 @@ def test_another_state_is_decided_anew(quick, resolved, state):
 
 # Interpreted kernels take no bfloat16; where a GPU is assumed none is interpreted.
 @pytest.mark.parametrize(
-    "state", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: gpus.assume_arch("sm_90")], ids=str
+    "state",
+    [lambda: torch.autocast("cpu", torch.bfloat16), lambda: gpus.assume_arch("sm_90")],
+    ids=["autocast", "an assumed GPU"],
 )
 def test_what_a_kernel_cannot_run_is_refused_after_it_has_run(quick, state):
     made, x = block("train"), tokens()
