@@ -98,39 +98,6 @@ def planted(launcher, results):
     return results
 
 
-class Event:
-    replayed = 0.0  # seconds of all graphs' replays so far
-
-    def __init__(self, **_):
-        self.at = 0.0
-
-    def record(self, stream=None):
-        self.at = time.perf_counter() + Event.replayed
-
-    def query(self):
-        return False
-
-    def synchronize(self):
-        synchronize()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
-
-
-class Graph:
-    """Computes nothing when it is replayed, which takes as long as its capture took."""
-
-    def replay(self):
-        Event.replayed += self.seconds
-
-
-@contextlib.contextmanager
-def capture(graph, **_):
-    began = time.perf_counter()
-    yield
-    graph.seconds = time.perf_counter() - began
-
-
 def cuda(torch):
     """torch with a GPU whose memory is the host's."""
     from torch.overrides import TorchFunctionMode
@@ -161,6 +128,8 @@ def cuda(torch):
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.accelerator.is_available = lambda: False
+    from fake_time import Event, Graph, capture
+
     torch.cuda.synchronize, torch.cuda.Event = synchronize, Event
     torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
     torch.cuda.device = lambda device: contextlib.nullcontext()
