@@ -83,12 +83,12 @@ def limits(roofs: list[Row]) -> str:
 
 
 def table(outcome: Outcome) -> Group:
-    """One case: its providers with their times, or why they have none; on a GPU both times."""
+    """One case: its providers with their times, or why they have none; a GPU's two instead of quantiles."""
     apart = any(row.eager_ms_p50 for row in outcome.rows)
     shown = Table(title=escape(outcome.case.title), title_justify="left", box=None, padding=(0, 1, 0, 0))
     shown.add_column("provider", min_width=14, no_wrap=True)
-    eager = ("eager ms", "speed", "timed") if apart else ()
-    for name in ("ms", "p20", "p80", "speed", *eager, "TFLOP/s", "GB/s", "roof", "MB", "error", "verdict"):
+    times = ("ms", "speed", "timed", "eager", "speed") if apart else ("ms", "p20", "p80", "speed")
+    for name in (*times, "TFLOP/s", "GB/s", "roof", "MB", "error", "verdict"):
         shown.add_column(name, justify="right", no_wrap=True)
     notes = []
     for row in outcome.rows:
@@ -105,12 +105,11 @@ def table(outcome: Outcome) -> Group:
 
 def _numbers(row: Row, apart: bool) -> list[str]:
     """Without a number, a dash."""
+    ms, speed = (row.ms_p50, "{:.4g}"), (row.speed, "{:.2f}x")
+    eager = (row.timed, "{}"), (row.eager_ms_p50, "{:.4g}"), (row.eager_speed, "{:.2f}x")
+    quantiles = (row.ms_p20, "{:.4g}"), (row.ms_p80, "{:.4g}")
     cells = (
-        (row.ms_p50, "{:.4g}"),
-        (row.ms_p20, "{:.4g}"),
-        (row.ms_p80, "{:.4g}"),
-        (row.speed, "{:.2f}x"),
-        *(((row.eager_ms_p50, "{:.4g}"), (row.eager_speed, "{:.2f}x"), (row.timed, "{}")) if apart else ()),
+        *((ms, speed, *eager) if apart else (ms, *quantiles, speed)),
         (row.tflops, "{:.3g}"),
         (row.gbps, "{:.0f}"),
         (row.roofline_pct, "{:.0f}%"),
