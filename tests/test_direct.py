@@ -231,3 +231,18 @@ def test_kinds_are_bounded(quick):
         for batch in range(1, 6):
             made(tokens(batch))
             assert 1 <= len(direct._known) <= 3
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_projections_that_lie_apart(quick, resolved, mode):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": DIM, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=16)).eval()
+    made, x = fastvit.accelerate(model, mode), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), fastvit.use_backend(**KERNELS):
+        first = made(x).last_hidden_state
+        before = resolved.call_count
+        second = made(x).last_hidden_state
+        assert [call.args[0] for call in resolved.call_args_list[before:]] == ["patch_embed"]
+    assert torch.equal(first, second)
+    assert [*direct._known.values()] == [True]

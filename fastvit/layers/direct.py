@@ -27,6 +27,8 @@ KERNELS = {
     "linear_residual": ("cpp", "cuda"),
     "layer_norm_mlp": ("cpp", "cuda"),
 }
+# Of options that are not given: by id, as a tensor is not to be asked what it equals.
+_NONE = frozenset((id(None), id(False)))
 # Whether all ops of such a call ran on kernels.
 _known: dict[tuple, bool] = {}
 
@@ -98,8 +100,7 @@ def _kind(
         or settings.reference_ops
         or drops(branch.drop_path)
         or drops(mlp.branch.drop_path)
-        # Masks, rotary positions, causal attention; a tensor is not to be asked for its truth.
-        or any(option is not None and option is not False for option in options.values())
+        or not _NONE.issuperset(map(id, options.values()))  # masks, rotary positions, causal attention
     ):
         return None
     norm, arguments = attention.norm, mlp.arguments

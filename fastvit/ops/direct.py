@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from . import layer_norm_linear_native, layer_norm_mlp_native, linear_residual_native, native
-from .layer_norm_linear import several
 
 
 def layer_norm_linear(
@@ -17,8 +16,10 @@ def layer_norm_linear(
     frozen: bool,
 ) -> Tensor:
     """That of the compiled libraries."""
-    weights = several(weight)
-    biases = layer_norm_linear_native.given_biases(weights, several(bias))
+    if isinstance(weight, Tensor):
+        weights, biases = [weight], [] if bias is None else [bias]
+    else:
+        weights, biases = weight, layer_norm_linear_native.given_biases(weight, bias)
     inputs = (x, norm_weight, norm_bias, weights, biases)
     return layer_norm_linear_native._fwd_kernels(*inputs, eps, norm, weights[0].dtype, False, frozen)[0]
 
