@@ -13,16 +13,11 @@
 
 namespace fastvit {
 
-// e^x for x from -87 to 88, or nan. On a CPU by hand, within 2 ulp: a call to expf would stop a loop from
-// becoming vectors.
-FASTVIT_HOST_DEVICE float exponential_within(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);
-#else
-  // Beside 1.5 * 2^23 a float's last bit is one: the sum is rounded, and ends in the whole number's bits.
-  const float magic = 12582912.0f, sum = x * 1.44269504f + magic, n = sum - magic;
-  // ln 2 in two parts, so that n ln 2 is exact to more than a float holds.
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// Beside 1.5 * 2^23 a float's last bit is one: a sum with it is rounded, and ends in the whole number's bits.
+constexpr float kWholeNumbers = 12582912.0f;
+
+// e^r 2^n for r within ln 2 / 2 of zero, where `sum` is kWholeNumbers + n.
+FASTVIT_HOST_DEVICE float exponential_times_power(float r, float sum) {
   float p = 1.9875691e-4f;
   p = p * r + 1.3981999e-3f;
   p = p * r + 8.3334519e-3f;
@@ -36,6 +31,31 @@ FASTVIT_HOST_DEVICE float exponential_within(float x) {
   float power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;
+}
+
+// e^x for x from -87 to 88, or nan. On a CPU by hand, within 2 ulp: a call to expf would stop a loop from
+// becoming vectors.
+FASTVIT_HOST_DEVICE float exponential_within(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);
+#else
+  const float sum = x * 1.44269504f + kWholeNumbers, n = sum - kWholeNumbers;
+  // ln 2 in two parts, so that n ln 2 is exact to more than a float holds.
+  return exponential_times_power((x - n * 0.693359375f) + n * 2.12194440e-4f, sum);
+#endif
+}
+
+// 2^x for every x, within 2 ulp: on a GPU a single instruction. Below -126 it is zero or as little as 2^-126, and
+// infinite from 128 on (on a CPU from 127.5 on).
+FASTVIT_HOST_DEVICE float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float cut = x < -126.0f ? -126.0f : (x > 128.0f ? 128.0f : x);
+  const float sum = cut + kWholeNumbers, n = sum - kWholeNumbers;
+  return exponential_times_power((cut - n) * 0.693147181f, sum);
 #endif
 }
 
@@ -52,11 +72,13 @@ FASTVIT_HOST_DEVICE float exponential(float x) {
 
 FASTVIT_HOST_DEVICE double exponential(double x) { return exp(x); }
 
-// 1 / x for x of at least one; on a GPU within two ulp, and in an epilogue a third of its instructions less than
-// by exact division, which ends in a call for rare operands.
+// 1 / x for x of at least one; on a GPU a single instruction, within one ulp and zero from 2^126 on. Exact division
+// is nine, and a call for rare operands.
 FASTVIT_HOST_DEVICE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(1.0f, x);
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
   return 1.0f / x;
 #endif
@@ -111,18 +133,26 @@ struct Gelu {
   }
 };
 
-// The same within 3.6e-6, which half precision does not see: x sigmoid(u), u = x Q(x^2), |x| cut at 6 inside.
+struct FastFunctions {
+  FASTVIT_HOST_DEVICE static float power_of_two(float x) { return fastvit::power_of_two(x); }
+  FASTVIT_HOST_DEVICE static float reciprocal(float x) { return fastvit::reciprocal(x); }
+};
+
+// The same within 3.6e-6 (4e-6 with a GPU's functions), which half precision does not see: x sigmoid(u), u = x Q(x^2),
+// with Q kept as it is at |x| = 6 beyond. There is no other cut: where x is large, 2^(-u log2 e) is zero or infinite,
+// and the result is x or zero. A nan comes through x. Of a GPU's instructions it takes eleven, and its slope six more.
 // Its slope is its own, sigmoid(u) + x sigmoid(u) (1 - sigmoid(u)) u', so that one exponential does.
-struct GeluHalf {
+template <typename Functions>
+struct GeluHalfOf {
   FASTVIT_HOST_DEVICE static float distribution(float x, float& u_slope) {
-    const float cut = x < -6.0f ? -6.0f : (x > 6.0f ? 6.0f : x);
-    const float s = cut * cut;
-    const float q = 1.59565515f + s * (0.0729398617f +
-                    s * (-2.50952452e-4f + s * (-6.09343903e-5f + s * 2.22526314e-6f)));
+    constexpr double kFold = -1.44269504088896341;  // -log2 e
+    const float square = x * x, s = square < 36.0f ? square : 36.0f;
+    const float q = float(kFold * 1.59565515) + s * (float(kFold * 0.0729398617) +
+                    s * (float(kFold * -2.50952452e-4) + s * (float(kFold * -6.09343903e-5) +
+                    s * float(kFold * 2.22526314e-6))));
     u_slope = 1.59565515f + s * (3.0f * 0.0729398617f +
               s * (5.0f * -2.50952452e-4f + s * (7.0f * -6.09343903e-5f + s * (9.0f * 2.22526314e-6f))));
-    const float phi = reciprocal(1.0f + exponential_within(-cut * q));
-    return x < -6.0f ? 0.0f : phi;  // times x, which may be huge
+    return Functions::reciprocal(1.0f + Functions::power_of_two(x * q));
   }
 
   FASTVIT_HOST_DEVICE static float value(float x) {
@@ -133,10 +163,12 @@ struct GeluHalf {
   FASTVIT_HOST_DEVICE static float both(float x, float& slope) {
     float u_slope;
     const float phi = distribution(x, u_slope), y = x * phi;
-    slope = phi + y * (1.0f - phi) * u_slope;
+    slope = phi + (y - y * phi) * u_slope;
     return y;
   }
 };
+
+using GeluHalf = GeluHalfOf<FastFunctions>;
 
 // x sigmoid(k x), of which the three below are made.
 template <typename T>

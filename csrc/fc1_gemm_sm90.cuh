@@ -104,19 +104,24 @@ struct Gemm {
   }
 };
 
-template <typename Element, std::size_t... kRows, typename Use>
+template <Fc1Kind kKind, bool kWide, typename Element, std::size_t... kRows, typename Use>
 auto with_row(std::size_t row, std::index_sequence<kRows...>, const Use& use) {
   decltype(use(Element(), std::integral_constant<std::size_t, 0>())) result{};
-  (void)((row == kRows && (result = use(Element(), std::integral_constant<std::size_t, kRows>()), true)) || ...);
+  const auto use_if_it_is = [&](auto candidate) {
+    if constexpr (is_compiled(kTiles[candidate()], kKind) && is_wide(kTiles[candidate()]) == kWide) {
+      if (row == candidate()) result = use(Element(), candidate);
+    }
+  };
+  (use_if_it_is(std::integral_constant<std::size_t, kRows>()), ...);
   return result;
 }
 
-// Calls use(element, row), whose types are those of the dtype and of the row of the table.
-template <typename Use>
+// Calls use(element, row), whose types are those of the dtype and of the row of the table, of wide ones or of others.
+template <Fc1Kind kKind, bool kWide = false, typename Use>
 auto with_kernel(std::size_t row, Half dtype, const Use& use) {
   using Rows = std::make_index_sequence<kTileCount>;
-  return dtype == Half::kFloat16 ? with_row<cutlass::half_t>(row, Rows(), use)
-                                 : with_row<cutlass::bfloat16_t>(row, Rows(), use);
+  return dtype == Half::kFloat16 ? with_row<kKind, kWide, cutlass::half_t>(row, Rows(), use)
+                                 : with_row<kKind, kWide, cutlass::bfloat16_t>(row, Rows(), use);
 }
 
 }  // namespace fastvit::sm90

@@ -4,6 +4,11 @@
 
 #if defined(FASTVIT_CUTLASS)
 
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "fc1_measured.h"
 #include "fc1_sm90.h"
 #include "launch_cuda.h"
 #include "residual_sm90.h"
@@ -22,6 +27,25 @@ std::optional<Half> half_of(ScalarType dtype) {
   if (dtype == ScalarType::Half) return Half::kFloat16;
   if (dtype == ScalarType::BFloat16) return Half::kBrainFloat16;
   return std::nullopt;
+}
+
+// Asked of CUDA once a device: it takes a millisecond.
+const std::string& device_name(int device) {
+  static std::mutex mutex;
+  static std::map<int, std::string> names;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::string& name = names[device];
+  if (name.empty()) {
+    cudaDeviceProp facts;
+    check(cudaGetDeviceProperties(&facts, device), "cudaGetDeviceProperties");
+    name = facts.name;
+  }
+  return name;
+}
+
+std::size_t tile_for(const Extent& out, const Tensor& beside, Fc1Kind kind) {
+  const auto name = [&]() -> const std::string& { return device_name(beside.get_device_index()); };
+  return measured_tiles().choose(name, out, static_cast<int>(multiprocessors(beside)), kind);
 }
 
 template <typename Workspace, typename Run>
@@ -58,7 +82,7 @@ std::optional<Activated> fused_activated(const Tensor& x, const Tensor& weight, 
       keep_before ? OptionalTensor(empty_beside(x, {out.rows, out.columns}, dtype)) : std::nullopt;
   const Fc1Forward call{out,   rows.data_ptr(), matrix.data_ptr(), address(vector), activated.data_ptr(),
                         before ? before->data_ptr() : nullptr,     *half,           activation};
-  run(call, tile_for(out, static_cast<int>(multiprocessors(x))), x);
+  run(call, tile_for(out, x, Fc1Kind::kForward), x);
   return Activated{activated, before};
 }
 
@@ -92,7 +116,7 @@ OptionalTensor folded_linear(const Tensor& x, const Norm& norm, const std::vecto
                        result.data_ptr(),
                        *half,
                        activation};
-  run(call, tile_for(out, static_cast<int>(multiprocessors(x))), x);
+  run(call, tile_for(out, x, activation ? Fc1Kind::kFolded : Fc1Kind::kFoldedLinear), x);
   return result;
 }
 
@@ -117,7 +141,7 @@ std::optional<WithMoments> fused_residual(const Tensor& x, const Tensor& weight,
                       result.data_ptr(),
                       output_of<float>(moments),
                       *half};
-  const std::size_t tile = tile_for(out, static_cast<int>(multiprocessors(x)));
+  const std::size_t tile = tile_for(out, x, Fc1Kind::kResidual);
   run_with(
       x, "residual", [&](const Fc1Place& place) { return residual_workspace(call, tile, place); },
       [&](const Fc1Place& place, void* workspace) { return run_residual(call, tile, place, workspace); });
@@ -135,7 +159,7 @@ std::optional<ActivatedGradients> fused_activated_backward(const Tensor& grad, c
   const Tensor rows = packed(grad), matrix = packed(weight), entered = packed(before);
   const Extent out{rows.size(0), matrix.size(1), rows.size(1)};
   if (!fits(out, {rows.data_ptr(), matrix.data_ptr(), entered.data_ptr()})) return std::nullopt;
-  const std::size_t tile = tile_for(out, static_cast<int>(multiprocessors(grad)));
+  const std::size_t tile = tile_for(out, grad, Fc1Kind::kBackward);
   const Tensor dbefore = empty_like_as(entered, dtype), activated = empty_like_as(entered, dtype);
   OptionalTensor partials;
   if (needs_bias) {

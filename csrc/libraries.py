@@ -177,6 +177,7 @@ def build_cuda(tools: Tools, work: Path, archs: tuple[str, ...], cutlass: Cutlas
     for path in sorted(set(CSRC.glob("*.cu")) - hopper):
         build.compile(path.name, rule="nvcc", flags=nvcc_flags(archs))
     if cutlass:
+        build.compile("fc1_measured.cpp")
         flags = (*nvcc_flags((HOPPER,)), *cutlass.flags)
         for path in sorted(hopper):
             build.compile(path.name, rule="nvcc", flags=flags, pool="large")

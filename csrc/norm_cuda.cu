@@ -1,4 +1,4 @@
-// LayerNorm and RMSNorm: a warp a row, statistics in float32.
+// LayerNorm and RMSNorm: a warp a row, statistics in float32. Their gradients are in norm_backward_cuda.cu.
 //
 // Where vectors fit a row and a lane can hold its share, the row is read once; any other is read again for each
 // pass, from the caches. Without a mean (RMSNorm) the mean's pointer is null, and so is y where the statistics alone
@@ -16,6 +16,7 @@ struct Forward {
   Out* y;
   float *mean, *rstd;
   std::int64_t rows, columns;
+  RowWidth<float> width;
   float eps;
 
   template <int kWidth>
@@ -24,19 +25,24 @@ struct Forward {
   }
 };
 
-template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
-__device__ __forceinline__ void write_row(const Forward<In, Out, Parameter>& a,
-                                          const Row<In, kVectors, kWidth>& row, Out* y,
-                                          const RowStatistics<float>& of) {
-  each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
-    float x[kWidth], weight[kWidth], bias[kWidth];
-    row.get(i, column, x);
-    load_or<kWidth>(a.weight, column, 1.0f, weight);
-    load_or<kWidth>(a.bias, column, 0.0f, bias);
+// The row and what it is multiplied by, where that leaves registers to work with: the weight and the bias are then
+// on their way while the row is summed.
+template <typename Parameter, int kNumbers>
+constexpr bool kHoldsAffine = kNumbers * (sizeof(float) + 2 * sizeof(Parameter)) <= 320;
+
+template <typename Parameter, int kVectors, int kWidth>
+using Affine = Row<Parameter, kHoldsAffine<Parameter, kVectors * kWidth> ? kVectors : 0, kWidth>;
+
+template <int kWidth, typename Parameters, typename Out>
+__device__ __forceinline__ void write_vector(float (&centred)[kWidth], const RowStatistics<float>& of,
+                                             const Parameters& weights, const Parameters& biases, int i,
+                                             std::int64_t column, Out* y) {
+  float weight[kWidth], bias[kWidth];
+  weights.get(i, column, weight);
+  biases.get(i, column, bias);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) x[j] = of.apply(x[j]) * weight[j] + bias[j];
-    store_floats<kWidth>(y + column, x);
-  });
+  for (int j = 0; j < kWidth; ++j) centred[j] = of.apply_centred(centred[j]) * weight[j] + bias[j];
+  store_floats<kWidth>(y + column, centred);
 }
 
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
@@ -44,40 +50,54 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(Forward<In, Out,
   const std::int64_t r = first_row();
   if (r >= a.rows) return;
   const Row<In, kVectors, kWidth> row(a.x + r * a.columns, a.columns);
-  const float count = static_cast<float>(a.columns);
+  const Affine<Parameter, kVectors, kWidth> weights(a.weight, a.columns, 1.0f), biases(a.bias, a.columns, 0.0f);
+  // What a lane holds is converted once, and centred where it lies.
+  float held[kVectors > 0 ? kVectors : 1][kWidth];
+  const auto get = [&](int i, std::int64_t column) {
+    if constexpr (kVectors == 0) row.get(i, column, held[0]);
+  };
+  if constexpr (kVectors > 0) {
+    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) { row.get(i, column, held[i]); });
+  }
 
   float about = 0.0f;
   if (a.mean != nullptr) {
     float sum = 0.0f;
     each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
-      float x[kWidth];
-      row.get(i, column, x);
+      get(i, column);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum += x[j];
+      for (int j = 0; j < kWidth; ++j) sum += held[i][j];
     });
-    about = warp_sum(sum) / count;
+    about = a.width.mean_of(warp_sum(sum));
   }
   // The first mean is rounded, which shows where it is large beside the deviation: what is left of the mean
   // among the centred numbers is taken out of them and of their squares.
   float sum = 0.0f, squares = 0.0f;
   each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
-    float x[kWidth];
-    row.get(i, column, x);
+    get(i, column);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const float centred = x[j] - about;
-      sum += centred;
-      squares += centred * centred;
+      held[i][j] -= about;
+      sum += held[i][j];
+      squares += held[i][j] * held[i][j];
     }
   });
   const bool rms = a.mean == nullptr;
   const float left = rms ? 0.0f : warp_sum(sum);
-  const RowStatistics<float> of = row_statistics(about, left, warp_sum(squares), count, a.eps, rms);
+  const RowStatistics<float> of = row_statistics(about, left, warp_sum(squares), a.width, a.eps, rms);
   if (threadIdx.x % kLanes == 0) {
     if (!rms) a.mean[r] = of.mean();
     a.rstd[r] = of.rstd;
   }
-  if (a.y != nullptr) write_row<kVectors, kWidth>(a, row, a.y + r * a.columns, of);
+  if (a.y == nullptr) return;
+  each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+    if constexpr (kVectors == 0) {
+      row.get(i, column, held[0]);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) held[0][j] -= about;
+    }
+    write_vector<kWidth>(held[i], of, weights, biases, i, column, a.y + r * a.columns);
+  });
 }
 
 template <int kWidth, typename In, typename Out, typename Parameter>
@@ -85,131 +105,16 @@ __global__ void __launch_bounds__(kThreads) renorm_kernel(Forward<In, Out, Param
   const std::int64_t r = first_row();
   if (r >= a.rows) return;
   const Row<In, 0, kWidth> row(a.x + r * a.columns, a.columns);
+  const Row<Parameter, 0, kWidth> weights(a.weight, a.columns, 1.0f), biases(a.bias, a.columns, 0.0f);
   const RowStatistics<float> of{a.mean != nullptr ? a.mean[r] : 0.0f, 0.0f, a.rstd[r]};
-  write_row<0, kWidth>(a, row, a.y + r * a.columns, of);
+  each_vector<0, kWidth>(a.columns, [&](int i, std::int64_t column) {
+    float x[kWidth];
+    row.get(i, column, x);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[j] -= of.first;
+    write_vector<kWidth>(x, of, weights, biases, i, column, a.y + r * a.columns);
+  });
 }
-
-template <typename In, typename Out, typename Parameter>
-struct Backward {
-  const Out* grad;
-  const In* x;
-  const float *mean, *rstd;
-  const Parameter* weight;
-  const In* beside;
-  In* dx;
-  float *weight_sums, *bias_sums;  // [blocks, columns]
-  std::int64_t rows, columns;
-
-  template <int kWidth>
-  bool fits() const {
-    return vectors_fit<kWidth>(columns, grad, x, weight, beside, dx);
-  }
-};
-
-// The sums of a block's lanes, warp after warp, so that their order is fixed.
-template <int kVectors, int kWidth>
-__device__ __forceinline__ void write_sums(const float (&own)[kVectors * kWidth], float* sums,
-                                           std::int64_t columns) {
-  __shared__ float shared[kVectors * kWidth][kLanes];
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int turn = 0; turn < kWarps; ++turn) {
-    if (warp == turn) {
-#pragma unroll
-      for (int k = 0; k < kVectors * kWidth; ++k) {
-        shared[k][lane] = turn == 0 ? own[k] : shared[k][lane] + own[k];
-      }
-    }
-    __syncthreads();
-  }
-  float* mine = sums + blockIdx.x * columns;
-  for (int column = threadIdx.x; column < columns; column += kThreads) {
-    const int vector = column / kWidth;
-    mine[column] = shared[vector / kLanes * kWidth + column % kWidth][vector % kLanes];
-  }
-  __syncthreads();
-}
-
-// Two sums of float for each number, and both rows where that leaves registers to work with.
-template <typename In, typename Out, int kNumbers>
-constexpr bool kHoldsRows = kNumbers * (2 * sizeof(float) + sizeof(In) + sizeof(Out)) <= 600;
-
-// So many blocks of a backward pass share a multiprocessor and its registers.
-template <int kNumbers>
-constexpr int kBackwardBlocks = kNumbers <= 16 ? 4 : (kNumbers <= 24 ? 3 : 2);
-
-// With g = weight * grad and h the normalised row: dx = rstd (g - mean(g) - h mean(g h)) + beside. A warp walks
-// over rows and keeps its sums of grad * h and grad in registers (for kVectors > 0).
-template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kVectors * kWidth>)
-    norm_backward_kernel(Backward<In, Out, Parameter> a) {
-  constexpr int kSums = kVectors > 0 ? kVectors * kWidth : 1;
-  constexpr int kHeld = kHoldsRows<In, Out, kVectors * kWidth> ? kVectors : 0;
-  float weight_sums[kSums] = {}, bias_sums[kSums] = {};
-  const float count = static_cast<float>(a.columns);
-  for (std::int64_t r = first_row(); r < a.rows; r += static_cast<std::int64_t>(gridDim.x) * kWarps) {
-    const float mean = a.mean != nullptr ? a.mean[r] : 0.0f, rstd = a.rstd[r];
-    const Row<In, kHeld, kWidth> x_row(a.x + r * a.columns, a.columns);
-    const Row<Out, kHeld, kWidth> grad_row(a.grad + r * a.columns, a.columns);
-
-    float sum = 0.0f, product = 0.0f;
-    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
-      float x[kWidth], grad[kWidth], weight[kWidth];
-      x_row.get(i, column, x);
-      grad_row.get(i, column, grad);
-      load_or<kWidth>(a.weight, column, 1.0f, weight);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const float h = (x[j] - mean) * rstd, g = grad[j] * weight[j];
-        sum += g;
-        product += g * h;
-        if constexpr (kVectors > 0) {
-          weight_sums[i * kWidth + j] += grad[j] * h;
-          bias_sums[i * kWidth + j] += grad[j];
-        }
-      }
-    });
-    if (a.dx == nullptr) continue;
-    const float along_mean = a.mean != nullptr ? warp_sum(sum) / count : 0.0f;
-    const float along_row = warp_sum(product) / count;
-    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
-      float x[kWidth], grad[kWidth], weight[kWidth], beside[kWidth];
-      x_row.get(i, column, x);
-      grad_row.get(i, column, grad);
-      load_or<kWidth>(a.weight, column, 1.0f, weight);
-      load_or<kWidth>(a.beside != nullptr ? a.beside + r * a.columns : nullptr, column, 0.0f, beside);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const float h = (x[j] - mean) * rstd, g = grad[j] * weight[j];
-        x[j] = rstd * (g - along_mean - h * along_row) + beside[j];
-      }
-      store_floats<kWidth>(a.dx + r * a.columns + column, x);
-    });
-  }
-  if constexpr (kVectors > 0) {
-    if (a.weight_sums != nullptr) write_sums<kVectors, kWidth>(weight_sums, a.weight_sums, a.columns);
-    if (a.bias_sums != nullptr) write_sums<kVectors, kWidth>(bias_sums, a.bias_sums, a.columns);
-  }
-}
-
-// grad * h, for sums over the rows that the kernel above does not keep.
-template <typename In, typename Out>
-struct WeightTerm {
-  const Out* grad;
-  const In* x;
-  const float *mean, *rstd;
-  std::int64_t columns;
-
-  template <int kWidth>
-  __device__ __forceinline__ void add(std::int64_t row, std::int64_t column, float (&sums)[kWidth]) const {
-    const float mean_of_row = mean != nullptr ? mean[row] : 0.0f, rstd_of_row = rstd[row];
-    const Vector<In, kWidth> xs = load<kWidth>(x + row * columns + column);
-    const Vector<Out, kWidth> grads = load<kWidth>(grad + row * columns + column);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      sums[j] += to_float(grads.at[j]) * ((to_float(xs.at[j]) - mean_of_row) * rstd_of_row);
-    }
-  }
-};
 
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
 void launch_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
@@ -227,7 +132,7 @@ void run_forward(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
     return kHolds;
   };
   if (a.template fits<kWidth>()) {
-    if (with_vectors<kWidth, 8, 16, 24, 32, 48, 64, 96, 128, 160>(a.columns, held)) return;
+    if (with_vectors<kWidth, 160>(a.columns, held)) return;
     return launch_forward<0, kWidth>(a, beside);
   }
   if (a.template fits<2>()) return launch_forward<0, 2>(a, beside);
@@ -247,41 +152,6 @@ void run_renorm(const Forward<In, Out, Parameter>& a, const Tensor& beside) {
   launch_renorm<1>(a, beside);
 }
 
-// The gradients of the parameters from partial sums, one row a block.
-template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
-void run_backward(Backward<In, Out, Parameter> a, const Tensor& x, bool needs_weight, bool needs_bias,
-                  ScalarType dtype, NormGradients& gradients) {
-  const std::int64_t most = kBackwardBlocks<kVectors * kWidth> * multiprocessors(x);
-  const std::int64_t blocks = std::min(ceil_div(a.rows, kWarps), most);
-  OptionalTensor weight_sums, bias_sums;
-  if (needs_weight) weight_sums = empty_beside(x, {blocks, a.columns}, ScalarType::Float);
-  if (needs_bias) bias_sums = empty_beside(x, {blocks, a.columns}, ScalarType::Float);
-  a.weight_sums = weight_sums ? output_of<float>(*weight_sums) : nullptr;
-  a.bias_sums = bias_sums ? output_of<float>(*bias_sums) : nullptr;
-  launch("norm_backward_kernel", norm_backward_kernel<kVectors, kWidth, In, Out, Parameter>, blocks, kThreads, x,
-         a);
-  if (needs_weight) gradients.weight = sum_partials(*weight_sums, dtype);
-  if (needs_bias) gradients.bias = sum_partials(*bias_sums, dtype);
-}
-
-// The same in a pass for each gradient, for any rows.
-template <int kWidth, typename In, typename Out, typename Parameter>
-void run_backward_apart(const Backward<In, Out, Parameter>& a, const Tensor& x, bool needs_weight,
-                        bool needs_bias, ScalarType dtype, NormGradients& gradients) {
-  if (a.dx != nullptr) {
-    launch("norm_backward_kernel", norm_backward_kernel<0, kWidth, In, Out, Parameter>, ceil_div(a.rows, kWarps),
-           kThreads, x, a);
-  }
-  if (needs_weight) {
-    const WeightTerm<In, Out> term{a.grad, a.x, a.mean, a.rstd, a.columns};
-    gradients.weight = sum_columns<kWidth>(term, x, a.rows, a.columns, dtype);
-  }
-  if (needs_bias) {
-    const PlainTerm<Out> term{a.grad, a.columns};
-    gradients.bias = sum_columns<kWidth>(term, x, a.rows, a.columns, dtype);
-  }
-}
-
 // Calls use with a Forward of the types at hand, all but its statistics filled in.
 template <typename Use>
 Tensor forward(const Tensor& x, const Norm& norm, ScalarType dtype, const Use& use) {
@@ -296,7 +166,7 @@ Tensor forward(const Tensor& x, const Norm& norm, ScalarType dtype, const Use& u
       using Parameter = typename decltype(type)::type;
       use(Forward<In, Out, Parameter>{data_of<In>(x), data_of<Parameter>(weight), data_of<Parameter>(bias),
                                       output_of<Out>(y), nullptr, nullptr, x.size(0), x.size(1),
-                                      static_cast<float>(norm.eps)});
+                                      RowWidth<float>(x.size(1)), static_cast<float>(norm.eps)});
     });
   });
   return y;
@@ -322,7 +192,7 @@ Statistics norm_statistics(const Tensor& x, const Norm& norm) {
     using T = typename decltype(type)::type;
     run_forward(Forward<T, T, float>{data_of<T>(x), nullptr, nullptr, nullptr,
                                      norm.rms ? nullptr : output_of<float>(mean), output_of<float>(rstd), x.size(0),
-                                     x.size(1), static_cast<float>(norm.eps)},
+                                     x.size(1), RowWidth<float>(x.size(1)), static_cast<float>(norm.eps)},
                 x);
   });
   return {mean, rstd};
@@ -334,41 +204,6 @@ Tensor renorm_rows(const Tensor& x, const Tensor& mean, const Tensor& rstd, cons
     a.rstd = output_of<float>(rstd);
     run_renorm(a, x);
   });
-}
-
-NormGradients norm_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                                 const Norm& norm, const OptionalTensor& beside, bool needs_x,
-                                 bool needs_weight, bool needs_bias) {
-  NormGradients gradients;
-  if (needs_x) gradients.x = empty_like_as(x, x.scalar_type());
-  const ScalarType dtype = norm.weight ? norm.weight->scalar_type()
-                                       : (norm.bias ? norm.bias->scalar_type() : ScalarType::Float);
-  const Tensor rows = packed(grad);
-  const OptionalTensor weight = parameter(norm.weight, x.scalar_type());
-  const OptionalTensor around = beside ? OptionalTensor(packed(*beside)) : beside;
-  with_types(x.scalar_type(), rows.scalar_type(), [&](auto in, auto out) {
-    using In = typename decltype(in)::type;
-    using Out = typename decltype(out)::type;
-    with_parameter<In>(weight, [&](auto type) {
-      using Parameter = typename decltype(type)::type;
-      constexpr int kWidth = kFullWidth<In, Out>;
-      const Backward<In, Out, Parameter> a{
-          data_of<Out>(rows), data_of<In>(x), norm.rms ? nullptr : data_of<float>(mean), data_of<float>(rstd),
-          data_of<Parameter>(weight), data_of<In>(around), needs_x ? output_of<In>(*gradients.x) : nullptr,
-          nullptr, nullptr, x.size(0), x.size(1)};
-      const auto together = [&](auto vectors) {
-        run_backward<vectors(), kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
-        return true;
-      };
-      if (a.template fits<kWidth>()) {
-        if (a.rows > 0 && with_vectors<kWidth, 8, 16, 24, 32, 48, 64>(a.columns, together)) return;
-        return run_backward_apart<kWidth>(a, x, needs_weight, needs_bias, dtype, gradients);
-      }
-      if (a.template fits<2>()) return run_backward_apart<2>(a, x, needs_weight, needs_bias, dtype, gradients);
-      run_backward_apart<1>(a, x, needs_weight, needs_bias, dtype, gradients);
-    });
-  });
-  return gradients;
 }
 
 }  // namespace fastvit

@@ -142,47 +142,77 @@ void with_parameter(const OptionalTensor& x, const Use& use) {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 
+// How many numbers of a row a lane may hold: what covers the widths of vision transformers.
+inline constexpr int kHeldNumbers[] = {8, 16, 24, 32, 48, 64, 96, 128, 160};
+
+constexpr int numbers_before(int numbers) {
+  int before = 0;
+  for (const int held : kHeldNumbers) before = held < numbers ? held : before;
+  return before;
+}
+
+// The one before in the list, or none. A row that takes kNumbers is wider than it: so many are there in any lane.
+template <int kNumbers>
+constexpr int kSureNumbers = numbers_before(kNumbers);
+
 // Calls use(i, column) for each vector of a row that this lane takes: kVectors at most, or, for kVectors = 0,
-// however many there are, with i = 0.
+// however many there are, with i = 0. A vector that every lane has is not asked for.
 template <int kVectors, int kWidth, typename Use>
 __device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use) {
   const int lane = threadIdx.x % kLanes;
   if constexpr (kVectors > 0) {
+    constexpr int kSure = kSureNumbers<kVectors * kWidth> / kWidth;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int column = (i * kLanes + lane) * kWidth;
-      if (column < columns) use(i, column);
+      if (i < kSure || column < columns) use(i, column);
     }
   } else {
     for (std::int64_t column = lane * kWidth; column < columns; column += kLanes * kWidth) use(0, column);
   }
 }
 
-// A row in registers, or for kVectors = 0 in memory.
+// A row in registers, or for kVectors = 0 in memory. One that is absent is a number everywhere.
 template <typename T, int kVectors, int kWidth>
 class Row {
+  // As they are loaded: halves would be taken apart at once where two branches meet, and what is on its way waited for.
+  struct alignas(Vector<T, kWidth>) Words {
+    std::uint32_t at[kVectors > 0 ? sizeof(Vector<T, kWidth>) / 4 : 1];
+  };
+
  public:
-  __device__ __forceinline__ Row(const T* start, std::int64_t columns) : start_(start) {
+  __device__ __forceinline__ Row(const T* start, std::int64_t columns, float otherwise = 0.0f)
+      : start_(start), otherwise_(otherwise) {
     if constexpr (kVectors > 0) {
-      each_vector<kVectors, kWidth>(columns,
-                                    [&](int i, int column) { held_[i] = load<kWidth>(start + column); });
+      if (start != nullptr) {
+        each_vector<kVectors, kWidth>(columns, [&](int i, std::int64_t column) {
+          held_[i] = *reinterpret_cast<const Words*>(start + column);
+        });
+        return;
+      }
+      Vector<T, kWidth> filled;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) filled.at[j] = from_float<T>(otherwise);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) memcpy(&held_[i], &filled, sizeof filled);
     }
   }
 
   __device__ __forceinline__ void get(int i, std::int64_t column, float (&values)[kWidth]) const {
-    Vector<T, kWidth> vector;
     if constexpr (kVectors > 0) {
-      vector = held_[i];
-    } else {
-      vector = load<kWidth>(start_ + column);
-    }
+      Vector<T, kWidth> vector;
+      memcpy(&vector, &held_[i], sizeof vector);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
+      for (int j = 0; j < kWidth; ++j) values[j] = to_float(vector.at[j]);
+    } else {
+      load_or<kWidth>(start_, column, otherwise_, values);
+    }
   }
 
  private:
   const T* start_;
-  Vector<T, kWidth> held_[kVectors > 0 ? kVectors : 1];
+  float otherwise_;
+  Words held_[kVectors > 0 ? kVectors : 1];
 };
 
 template <int kWidth, typename T>
@@ -197,12 +227,13 @@ __device__ __forceinline__ std::int64_t first_row() {
   return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
 }
 
-// Calls use(vectors), an integral_constant, with the vectors that a lane takes of such rows: of the numbers
-// listed, which cover the widths of vision transformers, the first that is enough. False where none is.
-template <int kWidth, int kNumbers, int... kMore, typename Use>
+// Calls use(vectors), an integral_constant, with the vectors that a lane takes of such rows: for the first of
+// kHeldNumbers that is enough, up to kMost. False where none is.
+template <int kWidth, int kMost, std::size_t kPlace = 0, typename Use>
 bool with_vectors(std::int64_t columns, const Use& use) {
+  constexpr int kNumbers = kHeldNumbers[kPlace];
   if (columns <= kLanes * kNumbers) return use(std::integral_constant<int, kNumbers / kWidth>{});
-  if constexpr (sizeof...(kMore) > 0) return with_vectors<kWidth, kMore...>(columns, use);
+  if constexpr (kNumbers < kMost) return with_vectors<kWidth, kMost, kPlace + 1>(columns, use);
   return false;
 }
 

@@ -47,7 +47,7 @@ struct Loops {
       const auto off_by = [=](Size i) { return widen(x[i]) - first; };
       const Wide off = sum_of<Wide>(cols, off_by);
       const Wide squares = sum_of<Wide>(cols, [=](Size i) { return off_by(i) * off_by(i); });
-      const RowStatistics<Wide> row_is = row_statistics(first, off, squares, Wide(cols), Wide(norm.eps), norm.rms);
+      const RowStatistics<Wide> row_is = row_statistics(first, off, squares, RowWidth<Wide>(cols), Wide(norm.eps), norm.rms);
       if (!norm.rms) mean[row] = row_is.mean();
       rstd[row] = row_is.rstd;
       write(x, out, row_is, norm, cols);
@@ -101,7 +101,7 @@ struct Loops {
       const Wide sum = sum_of<Wide>(cols, scaled);
       const Wide product =
           sum_of<Wide>(cols, [=](Size i) { return scaled(i) * row_is.apply(widen(x[i])); });
-      const RowSlope<Wide> slope = row_slope(sum, product, Wide(cols), row_is.rstd, norm.rms);
+      const RowSlope<Wide> slope = row_slope(sum, product, RowWidth<Wide>(cols), row_is.rstd, norm.rms);
       In* dx = static_cast<In*>(dx_) + row * cols;
       const In* beside = beside_ ? static_cast<const In*>(beside_) + row * cols : nullptr;
       FASTVIT_SIMD

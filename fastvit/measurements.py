@@ -11,7 +11,8 @@ the plain op, as in "norm+rope". ``ok`` is parity, ``ratio`` torch's time divide
 the calls, and ``graphed``, which is optional, where a CUDA graph replays them: a small call may gain on the
 GPU less than its launch costs on the host. A row without it says the same of both, and null is no word of
 that one. Every other field bounds a size of the call: a number is met exactly, and [low, high] includes both
-ends, null being open. The first row that covers a call decides, the user's own before the shipped ones.
+ends, null being open. The first row that covers a call decides, the user's own before the shipped ones. Rows
+of the op "fc1_tile" are for the CUDA library (see ``fc1_tiles``), and name a ``tile`` beside.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ import torch
 Bounds = tuple[tuple[str, int, int | None], ...]
 Key = tuple[str, str, str, str, str]
 
-NOTES = {"ok", "ratio", "graphed", "torch", "triton", "date", "commit"}
+NOTES = {"ok", "ratio", "graphed", "tile", "torch", "triton", "date", "commit"}
 KEY = ("op", "gpu", "dtype", "direction", "options")
 
 
@@ -199,12 +200,21 @@ def _rows(op: str, gpu: str, dtype: str, direction: str, options: str) -> tuple:
 _rows._dynamo_marked_constant = True
 
 
+def rows_of(op: str) -> list[dict[str, Any]]:
+    """The rows of an op as they are written, in the order in which they decide."""
+    return [row for path in _files() for row in _read(path) if row["op"] == op]
+
+
+def _files() -> Iterator[Path]:
+    return filter(Path.is_file, (user_file(), *_shipped()))
+
+
 def _loaded() -> dict:
     global _tables
     if _tables is None:
         tables: dict[Key, list] = {}
-        for path in filter(Path.is_file, (user_file(), *_shipped())):
-            for key, row in _read(path):
+        for path in _files():
+            for key, row in map(_parsed, _read(path)):
                 tables.setdefault(key, []).append(row)
         _tables = {key: tuple(rows) for key, rows in tables.items()}
     return _tables
@@ -216,9 +226,12 @@ def _shipped() -> list[Path]:
     return sorted(path for folder in folders for path in Path(folder, "measured").glob("*.json"))
 
 
-def _read(path: Path) -> list[tuple[Key, Measured]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return [_parsed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            _parsed(row)
+        return rows
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         warnings.warn(f"fastvit: {path} is not a table of measurements ({problem}); ignored", stacklevel=2)

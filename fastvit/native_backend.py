@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension, gpus, measurements
+from . import extension, fc1_tiles, gpus, measurements
 from .call_facts import attention_sizes, compute_dtype, exporting, needs_gradient, tf32, without_rules
 from .errors import ExtensionMismatch, ExtensionNotBuilt
 
@@ -199,6 +199,8 @@ def _loads(device: str) -> str | None:
     if device == "cuda" and not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
     reason: ExtensionMismatch | ExtensionNotBuilt | None = extension.why_no_ops(device)
+    if reason is None and device == "cuda":
+        fc1_tiles.load_once()
     return None if reason is None else str(reason)
 
 

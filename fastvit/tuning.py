@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import measurements
+from . import fc1_tiles, measurements
 from .accelerate import accelerate
 from .accelerate.candidates import blocks_of
 from .accelerate.example import Inputs, as_call, example_input
@@ -32,12 +32,15 @@ class Tuned:
     ratio: float
     before: str
     graphed: float | None = None
+    tile: str = ""  # of a product that has a choice of them
 
     @property
     def now(self) -> str:
         """What `auto` does with it from now on."""
         if not self.ok:
             return "torch: it misses the parity contract"
+        if self.tile:
+            return self.tile
         eager, graphed = (x >= 1 for x in (self.ratio, self.ratio if self.graphed is None else self.graphed))
         where = "" if eager == graphed else ", in a graph torch" if eager else ", in a graph the kernel"
         return ("the kernel" if eager else "torch") + where
@@ -111,6 +114,7 @@ def tune(
     Raises:
         ValueError: for a model without a block that fastvit knows, or of unknown image size without ``x``.
     """
+    from fastvit_benchmarks.tables import fc1_tiles as tiles
     from fastvit_benchmarks.tables import tune as measuring
 
     if not blocks_of(model):
@@ -122,14 +126,19 @@ def tune(
     if not any(map(is_replaced, model.modules())):
         accelerate(model)
     found = measuring.candidates(model, args, kwargs, model.training)
+    products = tiles.asked(found, device)
     if on_start is not None:
-        on_start(len(found))
+        on_start(len(found) + len(products))
     before = [_verdict(candidate) for candidate in found]
-    rows = measuring.measure(found, device, on_step or (lambda name: None))
+    on_step = on_step or (lambda name: None)
+    rows = measuring.measure(found, device, on_step)
     if not rows:
         return Tuning((), message="no kernel can run any op of this model here")
-    pairs = zip(rows, before, strict=True)
-    return Tuning(tuple(_tuned(row, old) for row, old in pairs), measurements.keep(rows))
+    rows += tiles.measure(products, device, on_step) if products else []
+    pairs = zip(rows, [*before, *["the model's tile"] * len(products)], strict=True)
+    tuned = Tuning(tuple(_tuned(row, old) for row, old in pairs), measurements.keep(rows))
+    fc1_tiles.load()
+    return tuned
 
 
 def _verdict(candidate) -> str:
@@ -142,4 +151,4 @@ def _verdict(candidate) -> str:
 def _tuned(row: dict[str, Any], before: str) -> Tuned:
     sizes = ", ".join(f"{name} {bound[0]}" for name, bound in row.items() if isinstance(bound, list))
     facts = (row["op"], row["dtype"], row["direction"], sizes)
-    return Tuned(*facts, row["ok"], row["ratio"], before, row.get("graphed"))
+    return Tuned(*facts, row["ok"], row["ratio"], before, row.get("graphed"), row.get("tile", ""))

@@ -1,4 +1,5 @@
-// csrc/fragments.h and fc1_tiles.h behind plain C names, for test_fc1.py and test_folding.py.
+// csrc/fragments.h and fc1_tiles.h behind plain C names, for test_fc1.py and test_folding.py. The tests link
+// fc1_measured.cpp too, as it is in the CUDA library.
 #include <pthread.h>
 
 #include <cstdint>
@@ -66,7 +67,7 @@ void statistics(const float* x, float* mean, float* rstd, std::int64_t rows, std
       left += x[i] - about;
       squares += (x[i] - about) * (x[i] - about);
     }
-    const RowStatistics<float> of = row_statistics(about, left, squares, float(columns), eps, rms != 0);
+    const RowStatistics<float> of = row_statistics(about, left, squares, RowWidth<float>(columns), eps, rms != 0);
     mean[row] = of.mean();
     rstd[row] = of.rstd;
   }
@@ -115,12 +116,20 @@ int tiles() { return int(kTileCount); }
 
 int tile_rows(int row) { return kTiles[row].rows; }
 
-int chosen(std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
-  return int(tile_for({rows, columns, depth}, multiprocessors));
+int kinds() { return int(sizeof kEpilogues / sizeof *kEpilogues); }
+
+int tile_columns(int row) { return kTiles[row].columns; }
+
+int compiled(int row, int kind) { return is_compiled(kTiles[row], Fc1Kind(kind)); }
+
+int is_pingpong(int row) { return kTiles[row].schedule == Schedule::kPingpong; }
+
+int modelled(std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors, int kind) {
+  return int(modelled_tile({rows, columns, depth}, multiprocessors, Fc1Kind(kind)));
 }
 
-double cost(int row, std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors) {
-  return modelled_cost(kTiles[row], {rows, columns, depth}, multiprocessors);
+double cost(int row, std::int64_t rows, std::int64_t columns, std::int64_t depth, int multiprocessors, int kind) {
+  return modelled_cost(kTiles[row], {rows, columns, depth}, multiprocessors, Fc1Kind(kind));
 }
 
 std::int64_t rows_of_partials(int row, std::int64_t rows) { return partial_rows(kTiles[row], {rows, 8, 8}); }

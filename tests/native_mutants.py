@@ -13,7 +13,7 @@ class Mutant(NamedTuple):
     check: str
 
 
-_STATISTICS = "row_statistics(first, off, squares, Wide(cols), Wide(norm.eps), norm.rms);"
+_STATISTICS = "row_statistics(first, off, squares, RowWidth<Wide>(cols), Wide(norm.eps), norm.rms);"
 _LOW_STATISTICS = f"""[&] {{
   RowStatistics<Wide> low = {_STATISTICS}
   for (Wide* x : {{&low.first, &low.rest, &low.rstd}}) {{
@@ -41,8 +41,8 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("eps 1e-5 for 1e-6", "variance) + eps)", "variance) + 10 * eps)", "linear bf16, small std"),
         (
             "unbiased variance",
-            "squares / cols - rest",
-            "squares / (cols - 1) - rest",
+            "row.mean_of(squares) - rest",
+            "RowWidth<T>(row.width - 1).mean_of(squares) - rest",
             "linear bf16, width 16",
         ),
         ("mean term dropped", "(grad - mean)", "grad", "dlinear"),
@@ -189,7 +189,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("density of gelu's slope dropped", "slope = phi + x * density", "slope = phi", "dmlp"),
         (
             "density of gelu_half's slope dropped",
-            "slope = phi + y * (1.0f - phi) * u_slope",
+            "slope = phi + (y - y * phi) * u_slope",
             "slope = phi",
             "dmlp bf16",
         ),
@@ -221,12 +221,25 @@ _FC1 = {
     "activations.h": [
         ("tanh for erf", "use(OneGelu())", "use(GeluTanh())", "gelu"),
         ("gelu for quick_gelu", "use(QuickGelu())", "use(OneGelu())", "quick_gelu"),
-        ("a digit of the polynomial", "s * (0.0729398617f", "s * (0.073f", "gelu"),
+        ("a digit of the polynomial", "kFold * 0.0729398617)", "kFold * 0.073)", "gelu"),
         ("a three of its slope dropped", "3.0f * 0.0729398617f", "0.0729398617f", "contract"),
     ],
     "fc1_tiles.h": [
-        ("waves not rounded up", "parts(tiles, workers) * steps", "tiles * steps / workers", "small"),
-        ("partial sums for nothing", "+ kSplit", "+ 0 * kSplit", "rows"),
+        ("waves not rounded up", "waves = parts(tiles, workers)", "waves = tiles / workers", "small"),
+        ("partial sums for nothing", "+ kSplit", "+ 0 * kSplit", "small"),
+        (
+            "an epilogue for nothing",
+            "waves * (cycles.products + cycles.epilogue)",
+            "waves * cycles.products",
+            "hide",
+        ),
+        (
+            "operands for nothing",
+            "kHalf / kSharedBytes * steps",
+            "kHalf / kSharedBytes * 0 * steps",
+            "wide",
+        ),
+        ("spilling tiles", "kForward || !is_wide(tile)", "kForward || tile.rows > 0", "spills"),
     ],
 }
 FC1_MUTANTS = [Mutant(file, *row) for file, rows in _FC1.items() for row in rows]

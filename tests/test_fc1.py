@@ -1,16 +1,12 @@
 """fc1 with the activation in its epilogue, as far as it needs no GPU: maths, tiles, and when it is used."""
 
 import ctypes
-import itertools
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import plain_ops
 import pytest
 import torch
 import torch.nn.functional as F
+from fc1_library import call, compiled, compiled_with, needs_compiler
 from native_mutants import FC1_MUTANTS
 from torch._subclasses import FakeTensorMode
 
@@ -18,52 +14,14 @@ from fastvit import measurements, native_backend
 from fastvit.contract import judge
 from fastvit.ops import native
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (looked for c++, g++, clang++)")
-sys.path.insert(0, str(CSRC))
-import libraries  # noqa: E402
-
 HALF = (torch.float16, torch.bfloat16)
 # In the order of the C++ enumeration.
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
-H100 = 132  # multiprocessors
-WIDTHS = (384, 768, 1024)
-BATCHES = (1, 8, 64, 256)
-
-
-def compiled(folder, sources=CSRC):
-    """The headers behind plain C names."""
-    library = folder / "fc1.so"
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    flags += libraries.LOOP_FLAGS
-    command = [COMPILER, *flags, f"-I{sources}", str(TESTS / "fc1.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(library))
-    library.cost.restype = ctypes.c_double
-    library.rows_of_partials.restype = ctypes.c_int64
-    return library
 
 
 @pytest.fixture(scope="module")
 def fc1(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("fc1"))
-
-
-def compiled_with(mutant, folder, compiled=compiled):
-    """The same of a copy that has the fault in it."""
-    sources = folder / "csrc"
-    shutil.copytree(CSRC, sources, ignore=shutil.ignore_patterns("*.cu*", "*.cpp", "*.py", "__pycache__"))
-    text = (sources / mutant.file).read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.file} holds {text.count(mutant.old)} times: {mutant.old}"
-    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-    return compiled(folder, sources)
-
-
-def call(function, *arguments):
-    of = {int: ctypes.c_int64, torch.Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr())}
-    return function(*(of.get(type(a), lambda a: a)(a) for a in arguments))
 
 
 def activated(fc1, x, activation):
@@ -172,71 +130,20 @@ def test_every_column_is_summed_by_one_lane(fc1):
     assert sorted(held) == list(range(32))
 
 
-def chosen(fc1, shape, multiprocessors=H100):
-    return call(fc1.chosen, *shape, ctypes.c_int(multiprocessors))
-
-
-def every_row_is_used(fc1):
-    """By some product of ViT-S, -B and -L at 224 pixels: no kernel is compiled for nothing."""
-    shapes = [(197 * batch, 4 * width, width) for width in WIDTHS for batch in BATCHES]
-    assert {chosen(fc1, shape) for shape in shapes} == set(range(fc1.tiles()))
-
-
-@needs_compiler
-def test_every_row_of_the_table_is_used(fc1):
-    every_row_is_used(fc1)
-
-
-@needs_compiler
-@pytest.mark.parametrize("multiprocessors", [1, 2, 78, 114, 132])
-def test_every_shape_has_the_cheapest_tile(fc1, multiprocessors):
-    sizes, end = (1, 8, 64, 197, 1000, 1576, 50_432, 2**31 - 2000), ctypes.c_int(multiprocessors)
-    for shape in itertools.product(sizes, (8, 768, 6144), (8, 384, 1536)):
-        costs = [call(fc1.cost, ctypes.c_int(row), *shape, end) for row in range(fc1.tiles())]
-        assert costs[chosen(fc1, shape, multiprocessors)] == min(costs) > 0
-
-
-def small_and_large(fc1):
-    """Few rows have low tiles, and many the highest there are."""
-    assert [fc1.tile_rows(chosen(fc1, (197 * batch, 3072, 768))) for batch in (1, 256)] == [64, 128]
-
-
-@needs_compiler
-def test_few_rows_have_low_tiles(fc1):
-    small_and_large(fc1)
-
-
-@needs_compiler
-def test_what_tma_cannot_address_is_left_to_the_portable_product(fc1):
-    def served(rows=197, columns=1536, depth=384, a=4096, b=64):
-        return bool(call(fc1.served, rows, columns, depth, ctypes.c_void_p(a), ctypes.c_void_p(b)))
-
-    assert served()
-    assert served(rows=1, columns=8, depth=8)
-    for unserved in ({"columns": 1540}, {"depth": 380}, {"rows": 0}, {"columns": 0}, {"depth": 0}):
-        assert not served(**unserved)
-    for unserved in ({"rows": 2**31}, {"columns": 2**31}, {"depth": 2**31}, {"a": 4104}, {"b": 2}):
-        assert not served(**unserved)
-
-
-@needs_compiler
-@pytest.mark.parametrize(("rows", "expected"), [(1, {1}), (64, {1}), (65, {1, 2}), (257, {3, 5})])
-def test_partial_sums_have_a_row_for_each_row_of_tiles(fc1, rows, expected):
-    assert {call(fc1.rows_of_partials, ctypes.c_int(row), rows) for row in range(fc1.tiles())} == expected
-
-
 CHECKS = {
     "contract": lambda fc1: within_contract(fc1, torch.float16, "gelu", "randn"),
     "quick_gelu": lambda fc1: within_contract(fc1, torch.float16, "quick_gelu", "randn"),
     "gelu": exact_gelu,
     "sums": sums_of_columns,
-    "rows": every_row_is_used,
-    "small": small_and_large,
 }
 
 
 @needs_compiler
-@pytest.mark.parametrize("mutant", FC1_MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.fault}")
+@pytest.mark.parametrize(
+    "mutant",
+    [mutant for mutant in FC1_MUTANTS if mutant.check in CHECKS],
+    ids=lambda mutant: f"{mutant.file}: {mutant.fault}",
+)
 def test_red_with_a_fault(mutant, tmp_path):
     faulty = compiled_with(mutant, tmp_path)
     with pytest.raises(AssertionError):

@@ -1,6 +1,7 @@
 """The scalar functions that the compiled ops are made of: activations, bfloat16, a norm's statistics."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ CSRC = TESTS.parent / "csrc"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (looked for c++, g++, clang++)")
 sys.path.insert(0, str(CSRC))
+import cuda_report  # noqa: E402
 import libraries  # noqa: E402
 
 DTYPES = {torch.float32: "float", torch.float64: "double"}
@@ -94,11 +96,30 @@ def test_gelu_for_half_precision_is_within_what_it_says(maths):
     assert (slope - true_slope).abs().max() <= 2**-9 / 100
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*ACTIVATIONS, ("gelu_half", torch.float32)])
+# Every finite number that either type holds, with a CPU's functions and with a GPU's at their worst.
+@pytest.mark.parametrize("name", ["gelu_half", "gelu_half_above", "gelu_half_below"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gelu_for_half_precision_is_right_for_every_half(maths, name, dtype):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
+    x = x[x.isfinite()]
+    value, both, slope = activated(maths, name, x)
+    truth, true_slope = true(TRUTHS["gelu"], x)
+    assert torch.equal(value, both)
+    assert (value - truth).abs().max() <= (3.6e-6 if name == "gelu_half" else 4e-6)
+    assert (slope - true_slope).abs().max() <= 2**-9 / 100
+    negative = x < -20
+    assert (value[negative] == 0).all()
+    assert (slope[negative] == 0).all()
+
+
+NAMES_AND_DTYPES = [*ACTIVATIONS, *((f"gelu_half{side}", torch.float32) for side in ("", "_above", "_below"))]
+
+
+@pytest.mark.parametrize(("name", "dtype"), NAMES_AND_DTYPES)
 def test_activations_are_finite_where_torchs_own_are(maths, name, dtype):
     x = EXTREMES.to(dtype)
     value, both, slope = activated(maths, name, x)
-    truth, true_slope = true(plain_ops.ACTIVATIONS[name.removesuffix("_half")], x)
+    truth, true_slope = true(plain_ops.ACTIVATIONS[name.partition("_half")[0]], x)
     for found, expected in ((value, truth), (both, truth), (slope, true_slope)):
         for test in (torch.isnan, torch.isposinf, torch.isneginf):
             unlike = test(found) != test(expected.to(dtype))
@@ -115,6 +136,77 @@ def test_the_exponential_is_within_two_ulp_and_ends_at_zero_and_infinity(maths):
     assert (found[x < -87] == 0).all()
     assert (found[x > 88] == torch.inf).all()
     assert found[-1].isnan()
+
+
+def test_a_power_of_two_is_within_two_ulp_and_ends_at_zero_and_infinity(maths):
+    x = torch.cat([torch.linspace(-300, 300, 400_001), torch.tensor([torch.inf, -torch.inf, torch.nan])])
+    found = torch.empty_like(x)
+    call(maths.power_of_two_float, x, found, ctypes.c_int64(x.numel()))
+    inside = (x >= -126) & (x < 127.5)
+    truth = x.double().exp2()
+    assert ((found - truth).abs() <= 2 * 2**-23 * truth)[inside].all()
+    assert (found[x < -126] <= 2**-126).all()
+    assert (found[x >= 128] == torch.inf).all()
+    assert found[-1].isnan()
+
+
+def test_the_quotient_of_a_sum_is_rounded_as_a_division(maths):
+    widths = torch.cat([torch.arange(1, 4097), torch.tensor([6144.0, 8192.0, 65_537.0])]).float()
+    sums = (
+        torch.randn(64, len(widths), generator=torch.Generator().manual_seed(0))
+        * 10.0 ** torch.arange(-16, 16).repeat(2)[:, None]
+    )
+    sums[0, ::2], sums[0, 1::2], sums[1, ::2], sums[1, 1::2] = torch.inf, -torch.inf, torch.nan, 0.0
+    width, found = widths.expand_as(sums).contiguous(), torch.empty_like(sums)
+    call(maths.quotient_float, sums, width, found, ctypes.c_int64(sums.numel()))
+    expected = sums / width
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[~found.isnan()], expected[~found.isnan()])
+
+
+NVCC, CUOBJDUMP = libraries.find_nvcc(), cuda_report.find_cuobjdump()
+# What a thread of an epilogue holds, through one of GeluHalf's functions.
+KERNEL = """
+#include "activations.h"
+using namespace fastvit;
+__device__ float value(float x) { return GeluHalf::value(x); }
+__device__ float both(float x) { float slope; float y = GeluHalf::both(x, slope); return y * slope; }
+__device__ float nothing(float x) { return x; }
+extern "C" __global__ void kernel(float* x) {
+  float held[16];
+  for (int i = 0; i < 16; ++i) held[i] = x[i * 32];
+  for (int i = 0; i < 16; ++i) x[(i + 16) * 32] = FUNCTION(held[i]);
+}
+"""
+
+
+def instructions(function, folder):
+    """How many machine instructions for Hopper it takes, of a kernel on sixteen numbers."""
+    source, cubin = folder / f"{function}.cu", folder / f"{function}.cubin"
+    source.write_text(KERNEL.replace("FUNCTION", function))
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-arch=sm_90a",
+        "-cubin",
+        f"-I{CSRC}",
+        str(source),
+        "-o",
+        str(cubin),
+    ]
+    subprocess.run(command, check=True)
+    text = subprocess.run([CUOBJDUMP, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?\w+ )?([A-Z]\w+)", text)
+    return sum(name not in ("NOP", "BRA") for name in found)
+
+
+@pytest.mark.skipif(None in (NVCC, CUOBJDUMP), reason="no nvcc or no cuobjdump")
+def test_gelu_for_half_precision_takes_few_instructions(tmp_path):
+    nothing = instructions("nothing", tmp_path)
+    assert 16 * 10 < instructions("value", tmp_path) - nothing <= 16 * 11 + 4
+    # One of these multiplies the value by the slope, so that both are needed.
+    assert 16 * 17 < instructions("both", tmp_path) - nothing <= 16 * 18 + 8
 
 
 def test_bfloat16_is_read_as_torch_reads_it(maths):

@@ -11,8 +11,9 @@ import pytest
 import test_fc1
 import test_folding
 import torch
+from fc1_library import COMPILER, CSRC, call, compiled_with, libraries, needs_compiler
 from native_mutants import Mutant
-from test_fc1 import COMPILER, CSRC, HALF, call, compiled_with, libraries, needs_compiler
+from test_fc1 import HALF
 
 from fastvit.contract import judge_saved
 from fastvit.ops import native

@@ -13,7 +13,7 @@ from fastvit.backends import TABLE, Backend
 from fastvit.fake_run import run_without_data
 from fastvit.recording import recording
 
-from ..harness import machine
+from ..harness import Machine, machine
 from ..op_bench import differentiated, run_case
 from ..recorded import Recorded
 
@@ -68,7 +68,6 @@ def _question(row: Backend, args: tuple, kwargs: dict[str, Any]) -> measurements
 def measure(found: list[Candidate], device: torch.device, on_step: Callable[[str], None]) -> list[dict]:
     """The candidates' rows with parity, speed and when and where they were measured."""
     here, rows = machine(), []
-    notes = {"torch": torch.__version__, "triton": here.triton or "", "date": date.today().isoformat()}
     for candidate in found:
         case = candidate.case
         on_step(case.title)
@@ -80,5 +79,11 @@ def measure(found: list[Candidate], device: torch.device, on_step: Callable[[str
         ok = bool(outcome.checks.get("ours")) and all(check.ok for check in outcome.checks["ours"])
         ratio, graphed = outcome.ratios("ours")
         speeds = {"ratio": round(ratio, 3)} | ({} if graphed is None else {"graphed": round(graphed, 3)})
-        rows.append(candidate.row | {"ok": ok} | speeds | notes | {"commit": here.commit or ""})
+        rows.append(candidate.row | {"ok": ok} | speeds | notes(here))
     return rows
+
+
+def notes(here: Machine) -> dict[str, str]:
+    """When and where a row was measured."""
+    facts = {"torch": torch.__version__, "triton": here.triton or "", "date": date.today().isoformat()}
+    return facts | {"commit": here.commit or ""}
