@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention_bwd import _attention_bwd_kernel
+from .attention_bwd_heads import HEAD_DIM, TOKENS, _attention_bwd_heads_kernel
 from .attention_fwd import _attention_fwd_kernel
 from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
@@ -147,7 +148,28 @@ def plan_bwd(
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
     far = constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])
     constants |= {"GRAD_ALIGN": align, "F": constants["F"]._replace(int64=far)}
+    chosen, _ = _choose("attention_bwd_heads", q, options, arch)
+    if chosen.constants["ONE_LAUNCH"] and _fits_one_launch(q, options):
+        return (_plan_heads(q, args, constants, chosen),)
     return tuple([_plan_owner(owner, q, args, constants, sums.get(owner), options, arch) for owner in OWNERS])
+
+
+def _fits_one_launch(q: Tensor, options: Options) -> bool:
+    return q.shape[1] <= TOKENS and q.shape[3] == HEAD_DIM and not _has_load_stage(options)
+
+
+def _plan_heads(q: Tensor, args: dict[str, Any], constants: dict[str, Any], chosen: Tile) -> Launch:
+    """The backward in one launch, whose programs own a head each."""
+    batch, tokens, heads, _ = q.shape
+    block, width = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
+    tail = tail_of(tokens, block)
+    blocks = (block,) * (tokens // block) + ((tail,) if tail else ())
+    constants = constants | {"BLOCKS": blocks, "CHUNKS": -(-tokens // width), "WIDTH": width}
+    names = _attention_bwd_heads_kernel.arg_names
+    args, constants = ({name: given[name] for name in names if name in given} for given in (args, constants))
+    return Launch(
+        _attention_bwd_heads_kernel, (batch * heads,), args, constants, chosen.num_warps, chosen.num_stages
+    )
 
 
 def _plan_owner(
@@ -182,8 +204,7 @@ def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, 
 
     ``load`` is 1 where masks, norms or rotations take registers of their own.
     """
-    extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
-    sizes = {"head_dim": q.shape[3], "tokens": q.shape[1], "load": int(any(x is not None for x in extras))}
+    sizes = {"head_dim": q.shape[3], "tokens": q.shape[1], "load": int(_has_load_stage(options))}
     wanted = dtype_class(q.dtype, options.precision)
     try:
         return tile(kernel, arch, wanted, **sizes), options
@@ -191,3 +212,8 @@ def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, 
         if wanted != "tf32":
             raise
         return tile(kernel, arch, "ieee", **sizes), options._replace(precision="ieee")
+
+
+def _has_load_stage(options: Options) -> bool:
+    extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
+    return any(extra is not None for extra in extras)
