@@ -1,7 +1,7 @@
 """attention: the launchers of the Triton kernels, forward and backward."""
 
 from functools import cache
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, zip_longest
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
 from .tiles import MULTIPROCESSORS, Tile, dtype_class, tile
 
-# What a program owns in each of the backward's launches.
-OWNERS = ("keys", "queries")
+# What a program owns in each of the backward's launches, in their order.
+OWNERS = ("queries", "keys")
 
 
 def attention_fwd(
@@ -105,23 +105,27 @@ def attention_bwd(
     batch, tokens, heads, dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
     chosen = Options(**options)
-    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else {}
-    for launch in plan_bwd(grad_out, q, k, v, out, lse, dqkv, sums, chosen, arch_of(q.device)):
+    facts = None
+    if not _one_launch(q, chosen, arch_of(q.device)):
+        facts = torch.empty((batch, heads, tokens, 4), dtype=torch.float32, device=q.device)
+    sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else ()
+    for launch in plan_bwd(grad_out, q, k, v, out, lse, dqkv, facts, sums, chosen, arch_of(q.device)):
         launch()
     if not sums:
         return dqkv, None, None, None, None
-    return dqkv, *sums["queries"].sum(0), *sums["keys"].sum(0)
+    of_q, of_k = [share.sum(0) for share in sums]
+    return dqkv, *of_q, *of_k
 
 
-def norm_sums(q: Tensor, options: Options, arch: str) -> dict[str, Tensor]:
-    """Where the backward's programs leave their shares of the norms' gradients, by what they own."""
+def norm_sums(q: Tensor, options: Options, arch: str) -> tuple[Tensor, ...]:
+    """Where the programs of each of the backward's launches leave their shares of the norms' gradients."""
     batch, tokens, heads, dim = q.shape
-    found = {}
+    found = []
     for owner in OWNERS:
         own, _ = _sides(owner, _choose(f"attention_bwd_{owner}", q, options, arch)[0])
         programs = batch * heads * -(-tokens // own)
-        found[owner] = torch.empty((programs, 2, dim), dtype=torch.float32, device=q.device)
-    return found
+        found.append(torch.empty((programs, 2, dim), dtype=torch.float32, device=q.device))
+    return tuple(found)
 
 
 def plan_bwd(
@@ -132,15 +136,20 @@ def plan_bwd(
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
-    sums: dict[str, Tensor],
+    facts: Tensor | None,
+    sums: tuple[Tensor, ...],
     options: Options,
     arch: str,
 ) -> tuple[Launch, ...]:
-    """The launches of the backward on an architecture, in their order, from shapes alone."""
+    """The launches of the backward on an architecture, in their order, from shapes alone.
+
+    ``facts`` [B, H, N, 4] in float32 is scratch memory, which a backward in one launch does without; ``sums``
+    is ``norm_sums``'s, or empty.
+    """
     args, constants = shared_arguments(q, k, v, options)
     side_by_side = grad_out.stride(-1) == 1
     align = vector_width(grad_out) if side_by_side else 1
-    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "dqkv_ptr": dqkv}
+    args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "facts_ptr": facts, "dqkv_ptr": dqkv}
     args |= {
         "stride_grad_batch": grad_out.stride(0) // align,
         "stride_grad_token": grad_out.stride(1) // align,
@@ -148,14 +157,21 @@ def plan_bwd(
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
     far = constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])
     constants |= {"GRAD_ALIGN": align, "F": constants["F"]._replace(int64=far)}
+    if heads := _one_launch(q, options, arch):
+        return (_plan_heads(q, args, constants, heads),)
+    return tuple(
+        [
+            _plan_owner(owner, q, args | {"sums_ptr": share}, constants, options, arch)
+            for owner, share in zip_longest(OWNERS, sums)
+        ]
+    )
+
+
+def _one_launch(q: Tensor, options: Options, arch: str) -> Tile | None:
+    """The tile of the backward in one launch, or None where it takes two."""
     chosen, _ = _choose("attention_bwd_heads", q, options, arch)
-    if chosen.constants["ONE_LAUNCH"] and _fits_one_launch(q, options):
-        return (_plan_heads(q, args, constants, chosen),)
-    return tuple([_plan_owner(owner, q, args, constants, sums.get(owner), options, arch) for owner in OWNERS])
-
-
-def _fits_one_launch(q: Tensor, options: Options) -> bool:
-    return q.shape[1] <= TOKENS and q.shape[3] == HEAD_DIM and not _has_load_stage(options)
+    fits = 0 < q.shape[1] <= TOKENS and q.shape[3] == HEAD_DIM and not _has_load_stage(options)
+    return chosen if chosen.constants["ONE_LAUNCH"] and fits else None
 
 
 def _plan_heads(q: Tensor, args: dict[str, Any], constants: dict[str, Any], chosen: Tile) -> Launch:
@@ -164,7 +180,9 @@ def _plan_heads(q: Tensor, args: dict[str, Any], constants: dict[str, Any], chos
     block, width = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
     tail = tail_of(tokens, block)
     blocks = (block,) * (tokens // block) + ((tail,) if tail else ())
-    constants = constants | {"BLOCKS": blocks, "CHUNKS": -(-tokens // width), "WIDTH": width}
+    chunks = -(-tokens // width)
+    args = args | {"present": (1 << chunks) - 1}
+    constants = constants | {"BLOCKS": blocks, "CHUNKS": chunks, "WIDTH": width}
     names = _attention_bwd_heads_kernel.arg_names
     args, constants = ({name: given[name] for name in names if name in given} for given in (args, constants))
     return Launch(
@@ -177,7 +195,6 @@ def _plan_owner(
     q: Tensor,
     args: dict[str, Any],
     constants: dict[str, Any],
-    sums: Tensor | None,
     options: Options,
     arch: str,
 ) -> Launch:
@@ -188,7 +205,7 @@ def _plan_owner(
     programs = -(-tokens // own)
     form = constants["F"]._replace(precision=options.precision)
     constants = constants | chosen.constants | {"F": form, "OWNER": owner, "TAIL": tail_of(tokens, passing)}
-    args = args | {"sums_ptr": sums, "programs": programs}
+    args["programs"] = programs
     grid = (batch * heads * programs,)
     return Launch(_attention_bwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
 

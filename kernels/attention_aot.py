@@ -32,6 +32,7 @@ CASES = (
     ("fwd", "tf32", 257, 128, ""),
     ("fwd", "tf32", 257, 128, "rms_norm bias"),
     ("fwd", "ieee", 197, 64, "lse"),
+    ("bwd", "half", 50, 64, ""),
     ("bwd", "half", 197, 64, ""),
     ("bwd", "half", 577, 64, ""),
     ("bwd", "half", 1370, 64, "half layer_norm keys"),
@@ -64,8 +65,9 @@ def _launches(
     options = options._replace(precision="tf32" if dtype_class == "tf32" else "ieee")
     if kernel == "fwd":
         return (attention.plan_fwd(*qkv.unbind(2), out, lse if "lse" in words else None, options, arch),)
-    sums = attention.norm_sums(qkv[:, :, 0], options, arch) if options.qk_norm else {}
-    return attention.plan_bwd(out, *qkv.unbind(2), out, lse, qkv, sums, options, arch)
+    sums = attention.norm_sums(qkv[:, :, 0], options, arch) if options.qk_norm else ()
+    facts = _meta(BATCH, HEADS, tokens, 4)
+    return attention.plan_bwd(out, *qkv.unbind(2), out, lse, qkv, facts, sums, options, arch)
 
 
 def _options(tokens: int, dim: int, dtype: torch.dtype, words: list[str]) -> Options:

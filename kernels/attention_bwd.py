@@ -1,9 +1,10 @@
-"""Attention backward in two launches of one kernel: its programs own keys in one, queries in the other.
+"""Attention backward in two launches of one kernel: first its programs own queries, then keys.
 
 Every gradient is summed by the one program that owns it, in a fixed order: bit for bit the same each time,
-without atomics and without scratch memory. What that costs is a second S = q k^T and dP = dO v^T, seven
-products for the five that sharing would need. Compiled apart, programs that own queries take half the
-registers of those that own keys, so that more of them run at a time.
+without atomics. What that costs is a second S = q k^T and dP = dO v^T, seven products for the five that
+sharing would need. Compiled apart, programs that own queries take half the registers of those that own keys,
+so that more of them run at a time; and they leave each query's log-sum-exp and delta for the others, which
+then need not read the output.
 """
 
 import triton
@@ -30,6 +31,7 @@ def _attention_bwd_kernel(
     out_ptr,
     lse_ptr,
     grad_ptr,
+    facts_ptr,
     dqkv_ptr,
     sums_ptr,
     mask_ptr,
@@ -76,11 +78,13 @@ def _attention_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
 ):
     """Each of a head's ``programs`` owns BLOCK_N keys (OWNER "keys") or BLOCK_M queries ("queries").
 
     Strides of q, k, v and the rotary tables come in units of ALIGN elements, those of the output's gradient
-    in GRAD_ALIGN; its channels lie side by side where their stride is None. ``sums_ptr`` [B * H * programs,
+    in GRAD_ALIGN; its channels lie side by side where their stride is None. ``facts_ptr`` [B, H, N, 4] goes
+    from the queries' launch to the keys'. ``sums_ptr`` [B * H * programs,
     2, d], if there is one, takes each program's share of the norm's weight and bias gradients.
     """
     pid = tl.program_id(0)
@@ -96,6 +100,7 @@ def _attention_bwd_kernel(
     out_ptr += batch.to(tl.int64) * tokens * stride_out + head * dim
     dqkv_ptr += batch.to(tl.int64) * tokens * stride_out * 3 + head * dim
     lse_ptr += (batch.to(tl.int64) * heads + head) * tokens
+    facts_ptr += (batch.to(tl.int64) * heads + head) * tokens * 4
     stride_grad = stride_grad_token * GRAD_ALIGN
     grad_ptr = head_start(grad_ptr, batch, head, stride_grad_batch * GRAD_ALIGN, 0)
     if stride_grad_channel is None:
@@ -115,7 +120,7 @@ def _attention_bwd_kernel(
     q = (q_ptr, stride_q, (q_weight_ptr, q_bias_ptr, eps))
     k = (k_ptr, stride_k, (k_weight_ptr, k_bias_ptr, eps))
     v = (v_ptr, stride_v)
-    out = (out_ptr, stride_out, grad_ptr, stride_grad, stride_grad_channel, lse_ptr)
+    grad = (grad_ptr, stride_grad, stride_grad_channel)
     rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
     grads = (dqkv_ptr, 3 * stride_out, sums_ptr)
@@ -124,7 +129,8 @@ def _attention_bwd_kernel(
             q,
             k,
             v,
-            out,
+            grad,
+            facts_ptr,
             grads,
             rope,
             masks,
@@ -138,13 +144,15 @@ def _attention_bwd_kernel(
             BLOCK_N,
             BLOCK_M,
             TAIL,
+            TAIL_FIRST,
         )
     else:
         own_queries(
             q,
             k,
             v,
-            out,
+            (out_ptr, stride_out, lse_ptr, grad),
+            facts_ptr,
             grads,
             rope,
             masks,
@@ -157,4 +165,5 @@ def _attention_bwd_kernel(
             BLOCK_M,
             BLOCK_N,
             TAIL,
+            TAIL_FIRST,
         )

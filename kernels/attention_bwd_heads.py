@@ -6,6 +6,7 @@ Products are transposed (keys by queries, channels by queries), because Hopper's
 64 keys by 32 queries then fit, and so does the dq of all queries, in registers beside a chunk's dk and dv.
 """
 
+# ruff: noqa: RUF005  Triton compiles no (*tuple, more)
 import triton
 import triton.language as tl
 
@@ -20,7 +21,7 @@ AHEAD = tl.constexpr(3)
 INTEGERS = [
     *("stride_q_batch", "stride_q_token", "stride_q_head", "stride_k_batch", "stride_k_token"),
     *("stride_k_head", "stride_v_batch", "stride_v_token", "stride_v_head", "stride_grad_batch"),
-    *("stride_grad_token", "stride_grad_channel", "tokens", "heads"),
+    *("stride_grad_token", "stride_grad_channel", "tokens", "heads", "present"),
 ]
 
 
@@ -48,6 +49,7 @@ def _attention_bwd_heads_kernel(
     stride_grad_channel,
     tokens,
     heads,
+    present,
     F: tl.constexpr,
     V: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -57,7 +59,7 @@ def _attention_bwd_heads_kernel(
     WIDTH: tl.constexpr,
 ):
     """dq, dk and dv of one head: BLOCKS are the widths of its query blocks, the last maybe narrower than the
-    first; its keys pass in CHUNKS chunks, WIDTH wide.
+    first; its keys pass in CHUNKS chunks, WIDTH wide, each of which has a bit set in ``present``.
 
     Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
     channels lie side by side where their stride is None.
@@ -85,43 +87,41 @@ def _attention_bwd_heads_kernel(
     qs, grads, outs, dqs, ks, vs = (), (), (), (), (), ()
     for j in tl.static_range(len(BLOCKS)):
         rows = indices(j * BLOCKS[0], BLOCKS[j], F)
-        qs = (*qs, _load(q_ptr, rows, stride_q, tokens, V, j + 1 == len(BLOCKS)))
+        qs = qs + (_load(q_ptr, rows, stride_q, tokens, V, j + 1 == len(BLOCKS)),)
         grad = _load(grad_ptr, rows, stride_grad, tokens, V, j + 1 == len(BLOCKS), stride_grad_channel)
-        grads = (*grads, grad)
-        outs = (*outs, _load(out_ptr, rows, stride_out, tokens, V, j + 1 == len(BLOCKS)))
-        dqs = (*dqs, _zeros(dim, BLOCKS[j]))
-    for c in tl.static_range(CHUNKS):
-        if c >= CHUNKS - AHEAD:
-            keys = indices(c * WIDTH, WIDTH, F)
-            ks = (*ks, _load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS))
-            vs = (*vs, _load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS))
+        grads = grads + (grad,)
+        outs = outs + (_load(out_ptr, rows, stride_out, tokens, V, j + 1 == len(BLOCKS)),)
+        dqs = dqs + (_zeros(dim, BLOCKS[j]),)
+    for c in tl.static_range(min(CHUNKS, AHEAD)):
+        keys = indices(c * WIDTH, WIDTH, F)
+        ks = ks + (_load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS),)
+        vs = vs + (_load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS),)
     stride = 3 * stride_out
     for j in tl.static_range(len(BLOCKS)):
         rows = indices(j * BLOCKS[0], BLOCKS[j], F)
         delta = tl.sum(outs[j].to(tl.float32) * grads[j].to(tl.float32), axis=1)
+        # No weight exp(s - inf) for a row past the last.
         lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
-        # The weights exp(s - lse) of a row that saw no key, or is none, become zero.
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
         notes = _notes(dqkv_ptr, stride, rows)
         tl.store(notes, delta)
         tl.store(notes + 16, lse * LOG2E)
     tl.debug_barrier()
 
-    for i in tl.static_range(CHUNKS):
-        # Always true. Without the branch the compiler would compute each tile's address once for all chunks,
-        # and run out of registers to hold them. The last chunk comes first, or one test would imply the next.
-        if tokens > (CHUNKS - 1 - i) * WIDTH:
-            keys = indices((CHUNKS - 1 - i) * WIDTH, WIDTH, F)
-            if i < AHEAD:
-                k, v = ks[len(ks) - 1 - i], vs[len(vs) - 1 - i]
+    for c in tl.static_range(CHUNKS):
+        # Always true, which the compiler must not know: it would compute each tile's address once for all
+        # chunks, and run out of registers to hold them.
+        if present >> c & 1:
+            keys = indices(c * WIDTH, WIDTH, F)
+            if c < AHEAD:
+                k, v = ks[c], vs[c]
             else:
-                k = _load(k_ptr, keys, stride_k, tokens, V, False)
-                v = _load(v_ptr, keys, stride_v, tokens, V, False)
+                k = _load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS)
+                v = _load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS)
             dqs, dk, dv = _pass_chunk(
-                dqs, qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F, BLOCKS, i == 0
+                dqs, qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F, BLOCKS, c + 1 == CHUNKS
             )
-            _store(dqkv_ptr + 2 * stride_out, dv, keys, stride, tokens, V, i == 0)
-            _store(dqkv_ptr + stride_out, dk * scale, keys, stride, tokens, V, i == 0)
+            _store(dqkv_ptr + 2 * stride_out, dv, keys, stride, tokens, V, c + 1 == CHUNKS)
+            _store(dqkv_ptr + stride_out, dk * scale, keys, stride, tokens, V, c + 1 == CHUNKS)
 
     # Every thread has read its notes before dq is written over them.
     tl.debug_barrier()
@@ -162,7 +162,7 @@ def _pass_chunk(
         ds = (p * dp).to(k.dtype)
         dv = tl.dot(p.to(k.dtype), grads[j], dv, input_precision=F.precision)
         dk = tl.dot(ds, qs[j], dk, input_precision=F.precision)
-        added = (*added, tl.dot(tl.trans(k), ds, dqs[j], input_precision=F.precision))
+        added = added + (tl.dot(tl.trans(k), ds, dqs[j], input_precision=F.precision),)
     return added, dk, dv
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .attention_load import load_parts, prepare_backward, store_parts
-from .attention_score import accumulate, indices, load_outputs, load_prepared, masked, product, zeros
+from .attention_score import accumulate, indices, load_facts, load_prepared, masked, product, zeros
 
 
 @triton.jit
@@ -12,7 +12,8 @@ def own_keys(
     q,
     k,
     v,
-    out,
+    grad,
+    facts_ptr,
     grads,
     rope,
     masks,
@@ -26,6 +27,7 @@ def own_keys(
     N: tl.constexpr,
     M: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
 ):
     """dk and dv of N keys: the queries pass in blocks of M, full but for a last one, TAIL wide."""
     keys = indices(share * N, N, F)
@@ -34,54 +36,59 @@ def own_keys(
     dk_a, dk_b = zeros(N, QK)
     dv_a, dv_b = zeros(N, V)
     full = tokens // M * M
-    for start in range(0, full, M):
-        dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a,
-            dk_b,
-            dv_a,
-            dv_b,
-            k_a,
-            k_b,
-            v_a,
-            v_b,
-            keys,
-            start,
-            q,
-            out,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            M,
-            False,
-        )
-    if TAIL > 0:
-        dk_a, dk_b, dv_a, dv_b = _pass_queries(
-            dk_a,
-            dk_b,
-            dv_a,
-            dv_b,
-            k_a,
-            k_b,
-            v_a,
-            v_b,
-            keys,
-            full,
-            q,
-            out,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            TAIL,
-            True,
-        )
+    for part in tl.static_range(2):
+        if part == (0 if TAIL_FIRST else 1):
+            if TAIL > 0:
+                dk_a, dk_b, dv_a, dv_b = _pass_queries(
+                    dk_a,
+                    dk_b,
+                    dv_a,
+                    dv_b,
+                    k_a,
+                    k_b,
+                    v_a,
+                    v_b,
+                    keys,
+                    full,
+                    q,
+                    grad,
+                    facts_ptr,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    TAIL,
+                    True,
+                )
+        else:
+            for start in range(0, full, M):
+                dk_a, dk_b, dv_a, dv_b = _pass_queries(
+                    dk_a,
+                    dk_b,
+                    dv_a,
+                    dv_b,
+                    k_a,
+                    k_b,
+                    v_a,
+                    v_b,
+                    keys,
+                    start,
+                    q,
+                    grad,
+                    facts_ptr,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    M,
+                    False,
+                )
     dqkv_ptr, stride, sums_ptr = grads
     store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, stride, tokens, V)
     dk_a, dk_b = prepare_backward(
@@ -103,7 +110,8 @@ def _pass_queries(
     keys,
     start,
     q,
-    out,
+    grad,
+    facts_ptr,
     rope,
     masks,
     scale,
@@ -117,7 +125,8 @@ def _pass_queries(
     """What WIDTH queries add to dk and dv, in the transposed form, where only dS must change its layout."""
     rows = indices(start, WIDTH, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, EDGE)
-    grad_a, grad_b, lse, delta = load_outputs(out, rows, tokens, V, EDGE)
+    grad_a, grad_b = load_parts(grad[0], rows, grad[1], tokens, V, EDGE, grad[2])
+    lse, delta = load_facts(facts_ptr, rows, tokens, EDGE)
     s = product(k_a, k_b, q_a, q_b, QK, F)
     # Keys past the last are in rows of their own here, which are never stored.
     s, factor = masked(s, rows[None, :], keys[:, None], scale, masks, tokens, F, False)

@@ -1,10 +1,19 @@
-"""The programs of attention's backward that own queries: dq."""
+"""The programs of attention's backward that own queries: dq, and what the others want of each query."""
 
 import triton
 import triton.language as tl
 
 from .attention_load import load_parts, prepare_backward, store_parts
-from .attention_score import accumulate, indices, load_outputs, load_prepared, masked, product, zeros
+from .attention_score import (
+    accumulate,
+    indices,
+    load_outputs,
+    load_prepared,
+    masked,
+    product,
+    store_facts,
+    zeros,
+)
 
 
 @triton.jit
@@ -13,6 +22,7 @@ def own_queries(
     k,
     v,
     out,
+    facts_ptr,
     grads,
     rope,
     masks,
@@ -25,61 +35,66 @@ def own_queries(
     M: tl.constexpr,
     N: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
 ):
     """dq of M queries: the keys pass in blocks of N, full but for a last one, TAIL wide."""
     rows = indices(share * M, M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-    grad_a, grad_b, lse, delta = load_outputs(out, rows, tokens, V, True)
+    grad_a, grad_b, lse, delta = load_outputs(out, rows, tokens, V)
+    store_facts(facts_ptr, lse, delta, rows, tokens)
     dq_a, dq_b = zeros(M, QK)
     full = tokens // N * N
-    for start in range(0, full, N):
-        dq_a, dq_b = _pass_keys(
-            dq_a,
-            dq_b,
-            q_a,
-            q_b,
-            grad_a,
-            grad_b,
-            lse,
-            delta,
-            rows,
-            start,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            N,
-            False,
-        )
-    if TAIL > 0:
-        dq_a, dq_b = _pass_keys(
-            dq_a,
-            dq_b,
-            q_a,
-            q_b,
-            grad_a,
-            grad_b,
-            lse,
-            delta,
-            rows,
-            full,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            TAIL,
-            True,
-        )
+    for part in tl.static_range(2):
+        if part == (0 if TAIL_FIRST else 1):
+            if TAIL > 0:
+                dq_a, dq_b = _pass_keys(
+                    dq_a,
+                    dq_b,
+                    q_a,
+                    q_b,
+                    grad_a,
+                    grad_b,
+                    lse,
+                    delta,
+                    rows,
+                    full,
+                    k,
+                    v,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    TAIL,
+                    True,
+                )
+        else:
+            for start in range(0, full, N):
+                dq_a, dq_b = _pass_keys(
+                    dq_a,
+                    dq_b,
+                    q_a,
+                    q_b,
+                    grad_a,
+                    grad_b,
+                    lse,
+                    delta,
+                    rows,
+                    start,
+                    k,
+                    v,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    N,
+                    False,
+                )
     dqkv_ptr, stride, sums_ptr = grads
     dq_a, dq_b = prepare_backward(
         dq_a * scale, dq_b * scale, q[0], rows, q[1], q[2], rope, sums_ptr, tokens, QK, F

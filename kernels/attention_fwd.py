@@ -79,6 +79,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
 ):
     """Softmax attention of one head, for the query blocks of one of ``programs`` programs.
 
@@ -115,7 +116,7 @@ def _attention_fwd_kernel(
     if len(CHUNKS) > 0:
         resident(q, k, v, out, rope, masks, scale, share, programs, tokens, F, QK, V, BLOCK_M, CHUNKS)
     else:
-        online(q, k, v, out, rope, masks, scale, share, tokens, F, QK, V, BLOCK_M, BLOCK_N, TAIL)
+        online(q, k, v, out, rope, masks, scale, share, tokens, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)
 
 
 @triton.jit
@@ -202,58 +203,61 @@ def online(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
 ):
-    """Keys pass in blocks of BLOCK_N under a running softmax; all are full but for a last one, TAIL wide."""
+    """Keys pass in blocks of BLOCK_N under a running softmax; all are full but for a last one, TAIL wide.
+
+    TAIL_FIRST takes the last one first: behind a loop of wgmma it would make each of them wait for itself.
+    """
     rows = indices(share * BLOCK_M, BLOCK_M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_a, acc_b = zeros(BLOCK_M, V)
     full = tokens // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        acc_a, acc_b, top, total = attend(
-            acc_a,
-            acc_b,
-            top,
-            total,
-            q_a,
-            q_b,
-            rows,
-            start,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            BLOCK_N,
-            False,
-        )
-    if TAIL > 0:
-        acc_a, acc_b, top, total = attend(
-            acc_a,
-            acc_b,
-            top,
-            total,
-            q_a,
-            q_b,
-            rows,
-            full,
-            k,
-            v,
-            rope,
-            masks,
-            scale,
-            tokens,
-            F,
-            QK,
-            V,
-            TAIL,
-            True,
-        )
+    for part in tl.static_range(2):
+        if part == (0 if TAIL_FIRST else 1):
+            if TAIL > 0:
+                acc_a, acc_b, top, total = attend(
+                    acc_a,
+                    acc_b,
+                    top,
+                    total,
+                    (q_a, q_b, rows),
+                    full,
+                    k,
+                    v,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    TAIL,
+                    True,
+                )
+        else:
+            for start in range(0, full, BLOCK_N):
+                acc_a, acc_b, top, total = attend(
+                    acc_a,
+                    acc_b,
+                    top,
+                    total,
+                    (q_a, q_b, rows),
+                    start,
+                    k,
+                    v,
+                    rope,
+                    masks,
+                    scale,
+                    tokens,
+                    F,
+                    QK,
+                    V,
+                    BLOCK_N,
+                    False,
+                )
     finish(acc_a, acc_b, top, total, rows, out, tokens, V)
 
 
@@ -263,9 +267,7 @@ def attend(
     acc_b,
     top,
     total,
-    q_a,
-    q_b,
-    rows,
+    queries,
     start,
     k,
     v,
@@ -280,6 +282,7 @@ def attend(
     EDGE: tl.constexpr,
 ):
     """Take WIDTH keys from ``start`` on into the running softmax."""
+    q_a, q_b, rows = queries
     keys = indices(start, WIDTH, F)
     k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, EDGE)
     s = product(q_a, q_b, k_a, k_b, QK, F)

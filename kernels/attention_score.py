@@ -96,20 +96,47 @@ def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.cons
 
 
 @triton.jit
-def load_outputs(out, rows, tokens, V: tl.constexpr, EDGE: tl.constexpr):
+def load_outputs(out, rows, tokens, V: tl.constexpr):
     """The output's gradient, the log-sum-exp in units of log 2, and delta = sum of output times gradient.
 
     The log-sum-exp of a row that saw no key, or is none, becomes inf: its weights exp(s - inf) are zero.
     """
-    out_ptr, stride_out, grad_ptr, stride_grad, stride_lane, lse_ptr = out
-    grad_a, grad_b = load_parts(grad_ptr, rows, stride_grad, tokens, V, EDGE, stride_lane)
-    out_a, out_b = load_parts(out_ptr, rows, stride_out, tokens, V, EDGE)
+    out_ptr, stride_out, lse_ptr, grad = out
+    grad_a, grad_b = load_parts(grad[0], rows, grad[1], tokens, V, True, grad[2])
+    out_a, out_b = load_parts(out_ptr, rows, stride_out, tokens, V, True)
     delta = tl.sum(out_a.to(tl.float32) * grad_a.to(tl.float32), axis=1)
     if V.b_width > 0:
         delta += tl.sum(out_b.to(tl.float32) * grad_b.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     return grad_a, grad_b, lse * LOG2E, delta
+
+
+@triton.jit
+def store_facts(ptr, lse, delta, rows, tokens):
+    """What the other launch wants of each row: 16 bytes, half of them zeros.
+
+    A vector of floats each thread would read for itself, as many as it multiplies with, one by one; a tile as
+    large as the program has threads is read once.
+    """
+    lanes = tl.arange(0, 4)[None, :]
+    facts = tl.where(lanes == 0, lse[:, None], tl.where(lanes == 1, delta[:, None], 0.0))
+    tl.store(ptr + rows[:, None] * 4 + lanes, facts, mask=(rows < tokens)[:, None])
+
+
+@triton.jit
+def load_facts(ptr, rows, tokens, EDGE: tl.constexpr):
+    """Log-sum-exp in units of log 2, inf for a row that is none, and delta."""
+    lanes = tl.arange(0, 4)[None, :]
+    places = ptr + rows[:, None] * 4 + lanes
+    if EDGE:
+        facts = tl.load(places, mask=(rows < tokens)[:, None], other=0.0)
+    else:
+        facts = tl.load(places)
+    lse = tl.sum(tl.where(lanes == 0, facts, 0.0), axis=1)
+    if EDGE:
+        lse = tl.where(rows < tokens, lse, float("inf"))
+    return lse, tl.sum(tl.where(lanes == 1, facts, 0.0), axis=1)
 
 
 @triton.jit

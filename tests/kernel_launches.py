@@ -30,12 +30,14 @@ ATTENTION_OPTIONS = (
 NORM_WEIGHTS = ATTENTION_OPTIONS[3:7]
 EMBED_INPUTS = ("images", "weight", "bias", "pos_embed", "prefix")
 
-# Tiles of unequal sides, so that none stands in for another, and small, so that few tokens make several.
+# Tiles of unequal sides, so that none stands in for another, and small, so that few tokens make several. They
+# take the tail first, and the safe table's take it last.
 FORMS = {
-    "resident": {"RESIDENT": 1, "BLOCK_M": 16, "BLOCK_N": 16},
-    "online": {"RESIDENT": 0, "BLOCK_M": 32, "BLOCK_N": 16},
+    "resident": {"RESIDENT": 1, "BLOCK_M": 16, "BLOCK_N": 16, "TAIL_FIRST": 0},
+    "online": {"RESIDENT": 0, "BLOCK_M": 32, "BLOCK_N": 16, "TAIL_FIRST": 1},
 }
-BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32}
+BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "TAIL_FIRST": 1}
+HEADS_TILE = {"BLOCK_M": 16, "BLOCK_N": 32}
 
 
 def on_device(call: Call) -> Call:
@@ -44,16 +46,20 @@ def on_device(call: Call) -> Call:
 
 @contextmanager
 def attention_form(kernels: ModuleType, form: str | None) -> Iterator[None]:
-    """Attention in one of FORMS; None leaves it to the tables."""
+    """Attention in one of FORMS, or "heads": its backward in one launch. None leaves it to the tables."""
     if form is None:
         yield
         return
 
     def tile(kernel, *_, tokens, **__):
-        chosen = FORMS[form] if kernel == "attention_fwd" else BACKWARD_TILE
+        if kernel == "attention_bwd_heads":
+            constants = {name: size * (2 if GPU or tokens > 64 else 1) for name, size in HEADS_TILE.items()}
+            constants["ONE_LAUNCH"] = int(form == "heads")
+            return kernels.tiles.Tile(constants, 4, 1, "modelled")
+        chosen = FORMS.get(form, FORMS["resident"]) if kernel == "attention_fwd" else BACKWARD_TILE
         # The interpreter takes its time for each tile, whatever its size.
         larger = 1 if GPU or tokens <= 64 else 4
-        constants = {name: size if name == "RESIDENT" else size * larger for name, size in chosen.items()}
+        constants = {name: size * larger if "BLOCK" in name else size for name, size in chosen.items()}
         return kernels.tiles.Tile(constants, 4, 2, "modelled")
 
     with mock.patch.object(kernels.attention, "tile", tile):

@@ -52,17 +52,21 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "forward": partial(_attention, regime="randn", tokens=17, head_dim=32),
     "forward, resident": partial(_attention, regime="randn", tokens=50, head_dim=32, form="resident"),
     "forward, split head": partial(_attention, regime="randn", tokens=17, head_dim=72),
+    "tail last": partial(_attention, regime="randn", tokens=35, head_dim=32, form=None),
     "tail": partial(_attention, regime="logits_negative", tokens=17, head_dim=32),
     "tail, resident": partial(_attention, regime="logits_negative", tokens=50, head_dim=32, form="resident"),
     "masked": partial(_attention, regime="masked", tokens=17, head_dim=32),
     "masked by bool": partial(_attention, regime="masked_bool", tokens=17, head_dim=32),
     "key mask": partial(_attention, key_mask=True, tokens=17),
-    "large logits": partial(_attention, regime="logits_100", dtype=FP16, tokens=17, head_dim=32),
+    "large logits": partial(_attention, regime="logits_100", dtype=FP16, tokens=50, head_dim=32),
     "layer norm": partial(_attention, norm="layer_norm", tokens=17),
     "rms norm": partial(_attention, norm="rms_norm", affine="weight", tokens=17),
     "rotary": partial(_attention, rope="half", prefix=3, tokens=17),
     "interleaved": partial(_attention, rope="interleaved", prefix=3, tokens=17),
     "backward": partial(_attention, regime="randn", tokens=80, head_dim=32, grad="contiguous"),
+    "backward, tail last": partial(
+        _attention, regime="randn", tokens=35, head_dim=32, form=None, grad="contiguous"
+    ),
     "backward, tail": partial(
         _attention, regime="logits_negative", dtype=FP16, tokens=17, head_dim=32, grad="contiguous"
     ),
@@ -70,12 +74,29 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "backward, transposed": partial(_attention, tokens=17, grad="transposed"),
     "backward, layer norm": partial(_attention, norm="layer_norm", tokens=17, grad="contiguous"),
     "backward, rotary": partial(_attention, rope="half", prefix=3, tokens=17, grad="contiguous"),
+    "heads": partial(
+        _attention, regime="randn", tokens=50, head_dim=64, form="heads", grad="contiguous", heads=2
+    ),
+    "heads, four chunks": partial(
+        _attention, regime="randn", tokens=193, head_dim=64, form="heads", grad="contiguous"
+    ),
+    "heads, tail": partial(
+        _attention,
+        regime="logits_negative",
+        dtype=FP16,
+        tokens=17,
+        head_dim=64,
+        form="heads",
+        grad="contiguous",
+    ),
+    "heads, transposed": partial(_attention, tokens=17, head_dim=64, form="heads", grad="transposed"),
     "embed": partial(_embed, width=24),
     "embed, patch positions": partial(_embed, width=24, positions="patches", prefix=5),
     "embed, bytes": partial(_embed, width=24, images="uint8", normalized="tensors", dtype=FP16),
     "embed, backward": partial(_embed, width=24, batch=3, grad="contiguous"),
 }
 
+_ORDER = "if part == (0 if TAIL_FIRST else 1):"
 _FACTOR = "factor = scale * LOG2E"
 _ROTATED = "a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b"
 _TURNED_BACK = "grad_a * cos_a + grad_b * sin_b, grad_b * cos_b - grad_a * sin_a"
@@ -134,6 +155,8 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "total += 0.0",
             "forward, resident, two chunks",
         ),
+        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "tail last"),
+        ("tail taken twice", _ORDER, "if True:", "forward"),
         ("k by the stride of q", "k = (k_ptr, stride_k,", "k = (k_ptr, stride_q + 1,", "forward"),
         ("k by the norm of q", "stride_k, (k_weight_ptr,", "stride_k, (q_weight_ptr,", "layer norm"),
     ],
@@ -173,14 +196,53 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "backward",
         ),
         ("delta not taken off", _DK, _DK.replace(" - delta[None, :]", ""), "backward"),
+        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dk dropped", "dk_a * scale", "dk_a", "backward"),
+    ],
+    "attention_bwd_heads.py": [
+        ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "heads"),
+        ("delta not taken off", "- tl.load(notes)[None, :]", "", "heads"),
+        ("scale x1.001", "(scale * LOG2E)", "(scale * LOG2E * 1.001)", "heads"),
+        ("scale of dk dropped", "dk * scale", "dk", "heads"),
+        ("scale of dq dropped", "dqs[j] * scale", "dqs[j]", "heads"),
+        ("dq not accumulated", "ds, dqs[j],", "ds, 0 * dqs[j],", "heads"),
+        ("dv not accumulated", "grads[j], dv,", "grads[j], 0 * dv,", "heads"),
+        (
+            "weights not masked",
+            "if EDGE:\n            # Keys",
+            "if False:\n            # Keys",
+            "heads, tail",
+        ),
+        ("notes over one another", "rows // 16 *", "rows // 32 *", "heads"),
+        ("notes of the first block", "dqkv_ptr + j * BLOCKS[0] // 16 * stride", "dqkv_ptr", "heads"),
+        ("a late chunk's v for its k", "k = _load(k_ptr,", "k = _load(v_ptr,", "heads, four chunks"),
+        ("a chunk too few", "in tl.static_range(CHUNKS)", "in tl.static_range(CHUNKS - 1)", "heads"),
+        ("a row too many", "mask=(rows < tokens)[:, None])", "mask=(rows <= tokens)[:, None])", "heads"),
+        (
+            "channels taken as side by side",
+            "head.to(tl.int64) * dim * stride_grad_channel",
+            "head.to(tl.int64) * dim",
+            "heads, transposed",
+        ),
     ],
     "attention_bwd_queries.py": [
         ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),
         ("tail not masked", "masks, tokens, F, EDGE)", "masks, tokens, F, False)", "backward, tail"),
+        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dq dropped", "dq_a * scale", "dq_a", "backward"),
     ],
+    "attention.py": [
+        ("a launch left out", 'OWNERS = ("queries", "keys")', 'OWNERS = ("queries",)', "backward"),
+        ("keys first", 'OWNERS = ("queries", "keys")', 'OWNERS = ("keys", "queries")', "backward"),
+        (
+            "norms' shares of the wrong launch",
+            "of_q, of_k = [",
+            "of_k, of_q = [",
+            "backward, layer norm",
+        ),
+    ],
     "attention_bwd.py": [
+        ("owners mistaken", 'if OWNER == "keys":', 'if OWNER != "keys":', "backward"),
         (
             "channels taken as side by side",
             "head.to(tl.int64) * dim * stride_grad_channel",

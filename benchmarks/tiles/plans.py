@@ -41,7 +41,8 @@ def _attention_bwd(inputs: Inputs, precision: str, arch: str) -> Planned:
     if not q.is_meta:
         attention.plan_fwd(q, k, v, out, lse, options, arch)()
     into = dqkv.view(batch, tokens, 3, heads, head_dim)
-    return list(attention.plan_bwd(grad, q, k, v, out, lse, into, {}, options, arch)), (dqkv,)
+    facts = q.new_empty(batch, heads, tokens, 4, dtype=torch.float32)
+    return list(attention.plan_bwd(grad, q, k, v, out, lse, into, facts, (), options, arch)), (dqkv,)
 
 
 def _patch_embed_fwd(inputs: Inputs, precision: str, arch: str) -> Planned:
@@ -74,6 +75,7 @@ def _patch_embed_dimages(inputs: Inputs, precision: str, arch: str) -> Planned:
 PLANS: dict[str, Callable[[Inputs, str, str], Planned]] = {
     "attention_fwd": _attention_fwd,
     # A tile is tried within the whole backward, which is what is judged, and what must be faster.
+    "attention_bwd_heads": _attention_bwd,
     "attention_bwd_keys": _attention_bwd,
     "attention_bwd_queries": _attention_bwd,
     "patch_embed_fwd": _patch_embed_fwd,
