@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention_bwd import _attention_bwd_kernel
+from .attention_bwd_heads import HEAD_DIM, TOKENS, _attention_bwd_heads_kernel
 from .attention_fwd import _attention_fwd_kernel
 from .attention_options import Options, shared_arguments, tail_of
 from .launch import Launch, arch_of, needs_int64, vector_width
@@ -120,7 +121,9 @@ def attention_bwd(
     batch, tokens, heads, dim = q.shape
     dqkv = torch.empty((batch, tokens, 3, heads, dim), dtype=q.dtype, device=q.device)
     chosen = Options(**options)
-    facts = torch.empty((batch, heads, tokens, 4), dtype=torch.float32, device=q.device)
+    facts = None
+    if not _one_launch(q, chosen, arch_of(q.device)):
+        facts = torch.empty((batch, heads, tokens, 4), dtype=torch.float32, device=q.device)
     sums = norm_sums(q, chosen, arch_of(q.device)) if norm_grads else ()
     run(plan_bwd, grad_out, q, k, v, out, lse, dqkv, facts, sums, chosen, arch_of(q.device))
     if not sums:
@@ -148,14 +151,15 @@ def plan_bwd(
     out: Tensor,
     lse: Tensor,
     dqkv: Tensor,
-    facts: Tensor,
+    facts: Tensor | None,
     sums: tuple[Tensor, ...],
     options: Options,
     arch: str,
 ) -> tuple[Launch, ...]:
     """The launches of the backward on an architecture, in their order, from shapes alone.
 
-    ``facts`` [B, H, N, 4] in float32 is scratch memory; ``sums`` is ``norm_sums``'s, or empty.
+    ``facts`` [B, H, N, 4] in float32 is scratch memory, which a backward in one launch does without; ``sums``
+    is ``norm_sums``'s, or empty.
     """
     args, constants = shared_arguments(q, k, v, options)
     side_by_side = grad_out.stride(-1) == 1
@@ -168,11 +172,36 @@ def plan_bwd(
     args["stride_grad_channel"] = None if side_by_side else grad_out.stride(2)
     far = constants["F"].int64 or needs_int64(grad_out[:1], dqkv[:1])
     constants |= {"GRAD_ALIGN": align, "F": constants["F"]._replace(int64=far)}
+    if heads := _one_launch(q, options, arch):
+        return (_plan_heads(q, args, constants, heads),)
     return tuple(
         [
             _plan_owner(owner, q, args | {"sums_ptr": share}, constants, options, arch)
             for owner, share in zip_longest(OWNERS, sums)
         ]
+    )
+
+
+def _one_launch(q: Tensor, options: Options, arch: str) -> Tile | None:
+    """The tile of the backward in one launch, or None where it takes two."""
+    chosen, _ = _choose("attention_bwd_heads", q, options, arch)
+    fits = 0 < q.shape[1] <= TOKENS and q.shape[3] == HEAD_DIM and not _has_load_stage(options)
+    return chosen if chosen.constants["ONE_LAUNCH"] and fits else None
+
+
+def _plan_heads(q: Tensor, args: dict[str, Any], constants: dict[str, Any], chosen: Tile) -> Launch:
+    """The backward in one launch, whose programs own a head each."""
+    batch, tokens, heads, _ = q.shape
+    block, width = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
+    tail = tail_of(tokens, block)
+    blocks = (block,) * (tokens // block) + ((tail,) if tail else ())
+    chunks = -(-tokens // width)
+    args = args | {"present": (1 << chunks) - 1}
+    constants = constants | {"BLOCKS": blocks, "CHUNKS": chunks, "WIDTH": width}
+    names = _attention_bwd_heads_kernel.arg_names
+    args, constants = ({name: given[name] for name in names if name in given} for given in (args, constants))
+    return Launch(
+        _attention_bwd_heads_kernel, (batch * heads,), args, constants, chosen.num_warps, chosen.num_stages
     )
 
 
@@ -207,8 +236,7 @@ def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, 
 
     ``load`` is 1 where masks, norms or rotations take registers of their own.
     """
-    extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
-    sizes = {"head_dim": q.shape[3], "tokens": q.shape[1], "load": int(any(x is not None for x in extras))}
+    sizes = {"head_dim": q.shape[3], "tokens": q.shape[1], "load": int(_has_load_stage(options))}
     wanted = dtype_class(q.dtype, options.precision)
     try:
         return tile(kernel, arch, wanted, **sizes), options
@@ -216,3 +244,8 @@ def _choose(kernel: str, q: Tensor, options: Options, arch: str) -> tuple[Tile, 
         if wanted != "tf32":
             raise
         return tile(kernel, arch, "ieee", **sizes), options._replace(precision="ieee")
+
+
+def _has_load_stage(options: Options) -> bool:
+    extras = (options.attn_mask, options.key_mask, options.qk_norm, options.rope_cos)
+    return any(extra is not None for extra in extras)

@@ -32,6 +32,7 @@ CASES = (
     ("fwd", "tf32", 257, 128, ""),
     ("fwd", "tf32", 257, 128, "rms_norm bias"),
     ("fwd", "ieee", 197, 64, "lse"),
+    ("bwd", "half", 50, 64, ""),
     ("bwd", "half", 197, 64, ""),
     ("bwd", "half", 577, 64, ""),
     ("bwd", "half", 1370, 64, "half layer_norm keys"),

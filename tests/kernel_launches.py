@@ -37,6 +37,7 @@ FORMS = {
     "online": {"RESIDENT": 0, "BLOCK_M": 32, "BLOCK_N": 16, "TAIL_FIRST": 1},
 }
 BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "TAIL_FIRST": 1}
+HEADS_TILE = {"BLOCK_M": 16, "BLOCK_N": 32}
 
 
 def on_device(call: Call) -> Call:
@@ -45,13 +46,17 @@ def on_device(call: Call) -> Call:
 
 @contextmanager
 def attention_form(kernels: ModuleType, form: str | None) -> Iterator[None]:
-    """Attention in one of FORMS; None leaves it to the tables."""
+    """Attention in one of FORMS, or "heads": its backward in one launch. None leaves it to the tables."""
     if form is None:
         yield
         return
 
     def tile(kernel, *_, tokens, **__):
-        chosen = FORMS[form] if kernel == "attention_fwd" else BACKWARD_TILE
+        if kernel == "attention_bwd_heads":
+            constants = {name: size * (2 if GPU or tokens > 64 else 1) for name, size in HEADS_TILE.items()}
+            constants["ONE_LAUNCH"] = int(form == "heads")
+            return kernels.tiles.Tile(constants, 4, 1, "modelled")
+        chosen = FORMS.get(form, FORMS["resident"]) if kernel == "attention_fwd" else BACKWARD_TILE
         # The interpreter takes its time for each tile, whatever its size.
         larger = 1 if GPU or tokens <= 64 else 4
         constants = {name: size * larger if "BLOCK" in name else size for name, size in chosen.items()}

@@ -74,6 +74,22 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "backward, transposed": partial(_attention, tokens=17, grad="transposed"),
     "backward, layer norm": partial(_attention, norm="layer_norm", tokens=17, grad="contiguous"),
     "backward, rotary": partial(_attention, rope="half", prefix=3, tokens=17, grad="contiguous"),
+    "heads": partial(
+        _attention, regime="randn", tokens=50, head_dim=64, form="heads", grad="contiguous", heads=2
+    ),
+    "heads, four chunks": partial(
+        _attention, regime="randn", tokens=193, head_dim=64, form="heads", grad="contiguous"
+    ),
+    "heads, tail": partial(
+        _attention,
+        regime="logits_negative",
+        dtype=FP16,
+        tokens=17,
+        head_dim=64,
+        form="heads",
+        grad="contiguous",
+    ),
+    "heads, transposed": partial(_attention, tokens=17, head_dim=64, form="heads", grad="transposed"),
     "embed": partial(_embed, width=24),
     "embed, patch positions": partial(_embed, width=24, positions="patches", prefix=5),
     "embed, bytes": partial(_embed, width=24, images="uint8", normalized="tensors", dtype=FP16),
@@ -182,6 +198,32 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("delta not taken off", _DK, _DK.replace(" - delta[None, :]", ""), "backward"),
         ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dk dropped", "dk_a * scale", "dk_a", "backward"),
+    ],
+    "attention_bwd_heads.py": [
+        ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "heads"),
+        ("delta not taken off", "- tl.load(notes)[None, :]", "", "heads"),
+        ("scale x1.001", "(scale * LOG2E)", "(scale * LOG2E * 1.001)", "heads"),
+        ("scale of dk dropped", "dk * scale", "dk", "heads"),
+        ("scale of dq dropped", "dqs[j] * scale", "dqs[j]", "heads"),
+        ("dq not accumulated", "ds, dqs[j],", "ds, 0 * dqs[j],", "heads"),
+        ("dv not accumulated", "grads[j], dv,", "grads[j], 0 * dv,", "heads"),
+        (
+            "weights not masked",
+            "if EDGE:\n            # Keys",
+            "if False:\n            # Keys",
+            "heads, tail",
+        ),
+        ("notes over one another", "rows // 16 *", "rows // 32 *", "heads"),
+        ("notes of the first block", "dqkv_ptr + j * BLOCKS[0] // 16 * stride", "dqkv_ptr", "heads"),
+        ("a late chunk's v for its k", "k = _load(k_ptr,", "k = _load(v_ptr,", "heads, four chunks"),
+        ("a chunk too few", "in tl.static_range(CHUNKS)", "in tl.static_range(CHUNKS - 1)", "heads"),
+        ("a row too many", "mask=(rows < tokens)[:, None])", "mask=(rows <= tokens)[:, None])", "heads"),
+        (
+            "channels taken as side by side",
+            "head.to(tl.int64) * dim * stride_grad_channel",
+            "head.to(tl.int64) * dim",
+            "heads, transposed",
+        ),
     ],
     "attention_bwd_queries.py": [
         ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),

@@ -161,10 +161,10 @@ def test_large(launches):
     module = load("test_large")
     dtype = torch.bfloat16
     module.attention(*module.ATTENTION, "meta", dtype)
-    assert len(launches) == 3  # the backward has two
+    assert len(launches) in (2, 3)  # the backward has one or two
     for images in ("uint8", "float"):
         module.patch_embed(module.IMAGES, images, "meta", dtype)
-    assert len(launches) >= 3 + 2 * 4
+    assert len(launches) >= 2 + 2 * 4
 
 
 @pytest.mark.parametrize("op", gpu_calls.NATIVE)

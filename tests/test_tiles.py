@@ -51,7 +51,8 @@ def test_all_files_know_the_same_kernels():
 
 
 def test_there_are_few_enough_to_compile_them_all():
-    assert sum(len(entries(arch)) for arch in FILES if is_own(arch)) <= 120
+    rows = [entry for arch in FILES if is_own(arch) for _, entry in entries(arch)]
+    assert len([entry for entry in rows if entry.get("ONE_LAUNCH") != 0]) <= 120
 
 
 @pytest.mark.parametrize("arch", FILES)

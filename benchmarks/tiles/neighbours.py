@@ -4,10 +4,13 @@ import math
 from itertools import chain, combinations
 from typing import Any
 
+from fastvit_kernels.attention_bwd_heads import TOKENS
+
 Entry = dict[str, Any]
 
 WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4, 5)
 BLOCKS = (16, 32, 64, 128, 256)
+FORMS = ("RESIDENT", "TAIL_FIRST", "ONE_LAUNCH")  # 1 or 0
 # The resident form covers a head's keys by three chunks of at most 128.
 RESIDENT_TOKENS = 384
 REGISTERS = 255  # of a thread
@@ -32,7 +35,7 @@ def _steps(entry: Entry) -> dict[str, list[int]]:
     known = {"num_warps": WARPS, "num_stages": STAGES}
     known |= {name: BLOCKS for name in entry if name.startswith("BLOCK")}
     steps = {name: _beside(values, entry[name]) for name, values in known.items()}
-    steps |= {name: [1 - entry[name]] for name in ("RESIDENT", "TAIL_FIRST") if name in entry}
+    steps |= {name: [1 - entry[name]] for name in FORMS if name in entry}
     return steps
 
 
@@ -41,7 +44,12 @@ def _beside(values: tuple[int, ...], value: int) -> list[int]:
 
 
 def _differs(entry: Entry, change: Entry) -> bool:
-    """The resident form has no BLOCK_N and no tail: its keys are there at once."""
+    """The resident form has no BLOCK_N and no tail: its keys are there at once.
+
+    A backward in one launch has no loop to pipeline, and one in two has its numbers in other entries.
+    """
+    if "ONE_LAUNCH" in entry:
+        return "ONE_LAUNCH" in change or (entry["ONE_LAUNCH"] == 1 and "num_stages" not in change)
     return not ((entry | change).get("RESIDENT") == 1 and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
 
 
@@ -56,6 +64,9 @@ def _accumulators(kernel: str, entry: Entry, head_dim: int) -> int:
     if kernel == "attention_fwd":
         keys = entry["tokens"] if entry["RESIDENT"] else entry["BLOCK_N"]
         return entry["BLOCK_M"] * (head_dim + keys)
+    elif kernel == "attention_bwd_heads":
+        chunk = entry["BLOCK_N"] * 2 * (head_dim + entry["BLOCK_M"])
+        return entry["ONE_LAUNCH"] * (chunk + min(entry.get("tokens", TOKENS), TOKENS) * head_dim)
     elif kernel == "attention_bwd_keys":
         return entry["BLOCK_N"] * (2 * head_dim + entry["BLOCK_M"])
     elif kernel == "attention_bwd_queries":

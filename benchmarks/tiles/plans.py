@@ -75,6 +75,7 @@ def _patch_embed_dimages(inputs: Inputs, precision: str, arch: str) -> Planned:
 PLANS: dict[str, Callable[[Inputs, str, str], Planned]] = {
     "attention_fwd": _attention_fwd,
     # A tile is tried within the whole backward, which is what is judged, and what must be faster.
+    "attention_bwd_heads": _attention_bwd,
     "attention_bwd_keys": _attention_bwd,
     "attention_bwd_queries": _attention_bwd,
     "patch_embed_fwd": _patch_embed_fwd,

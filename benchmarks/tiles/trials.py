@@ -103,10 +103,12 @@ def faults(plan: Callable, arch: str, kernel: str, index: int, entry: Entry, giv
     """In a process of its own: compile what the entry changes of a plan, as its first launch would."""
     from fastvit_kernels.aot_compile import examine  # triton, which needs no GPU for it
 
+    # An entry may change how many launches there are, too.
     before = [(label, _shape(launch)) for label, launch in plan(arch, given)]
     with overriding(kernel, arch, index, entry):
-        for (label, launch), (_, old) in zip(plan(arch, given), before, strict=True):
-            if _shape(launch) != old and (said := examine(launch, label, arch).faults):
+        for label, launch in plan(arch, given):
+            known = (label, _shape(launch)) in before
+            if not known and (said := examine(launch, label, arch).faults):
                 return f"{label}: {said[0]}"
     return ""
 

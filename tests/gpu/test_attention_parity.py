@@ -10,6 +10,7 @@ from kernel_launches import GRADS
 from served import KERNELS, served
 
 from fastvit.regimes import REGIMES, pairwise, regimes_of
+from fastvit_kernels import attention, tiles
 
 
 def judged(mode, grad, call):
@@ -60,3 +61,15 @@ def test_every_option(cell):
 def test_many_tokens(mode, gpu):
     call = op_cases.build("attention", dtype=MODES[mode][0], tokens=1370, head_dim=64)
     judged(mode, "contiguous", call)
+
+
+# The backward in one launch with every number of blocks, and in two where the table would take one.
+@pytest.mark.parametrize(
+    ("one", "tokens"), [*((1, tokens) for tokens in range(13, 209, 16)), (0, 50), (0, 197)]
+)
+def test_both_forms_of_the_backward(one, tokens, gpu):
+    kernel, arch = "attention_bwd_heads", attention.arch_of(gpu)
+    index = tiles.place(kernel, arch, "half", head_dim=64, tokens=tokens, load=0)
+    call = op_cases.build("attention", dtype=MODES["bfloat16"][0], tokens=tokens, head_dim=64)
+    with tiles.overriding(kernel, arch, index, tiles.table(arch)[kernel][index] | {"ONE_LAUNCH": one}):
+        judged("bfloat16", "contiguous", call)

@@ -1,0 +1,197 @@
+"""Attention backward in one launch of five products: a program owns a whole head, of up to ``TOKENS`` tokens.
+
+S = q k^T and dP = dO v^T are computed once, and dq, dk and dv are summed by the one program: no atomics, no
+scratch memory, the same bits each time. The queries stay in shared memory, and chunks of keys pass over them.
+Products are transposed (keys by queries, channels by queries), because Hopper's tensor cores want 64 rows:
+64 keys by 32 queries then fit, and so does the dq of all queries, in registers beside a chunk's dk and dv.
+"""
+
+# ruff: noqa: RUF005  Triton compiles no (*tuple, more)
+import triton
+import triton.language as tl
+
+from .attention_load import load_parts
+from .attention_score import LOG2E, head_start, indices
+
+# What it is for: the dq of more tokens would not fit into the registers of four warps.
+TOKENS, HEAD_DIM = 208, 64
+# Key chunks that fit into shared memory beside the queries where two programs share a multiprocessor.
+AHEAD = tl.constexpr(3)
+
+INTEGERS = [
+    *("stride_q_batch", "stride_q_token", "stride_q_head", "stride_k_batch", "stride_k_token"),
+    *("stride_k_head", "stride_v_batch", "stride_v_token", "stride_v_head", "stride_grad_batch"),
+    *("stride_grad_token", "stride_grad_channel", "tokens", "heads", "present"),
+]
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def _attention_bwd_heads_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_ptr,
+    dqkv_ptr,
+    scale,
+    stride_q_batch,
+    stride_q_token,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_token,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_token,
+    stride_v_head,
+    stride_grad_batch,
+    stride_grad_token,
+    stride_grad_channel,
+    tokens,
+    heads,
+    present,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dq, dk and dv of one head: BLOCKS are the widths of its query blocks, the last maybe narrower than the
+    first; its keys pass in CHUNKS chunks, WIDTH wide, each of which has a bit set in ``present``.
+
+    Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
+    channels lie side by side where their stride is None.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    batch = pid // heads
+    dim: tl.constexpr = V.dim
+    stride_out = heads * dim
+    stride_q, stride_k, stride_v = stride_q_token * ALIGN, stride_k_token * ALIGN, stride_v_token * ALIGN
+    q_ptr = head_start(q_ptr, batch, head, stride_q_batch * ALIGN, stride_q_head * ALIGN)
+    k_ptr = head_start(k_ptr, batch, head, stride_k_batch * ALIGN, stride_k_head * ALIGN)
+    v_ptr = head_start(v_ptr, batch, head, stride_v_batch * ALIGN, stride_v_head * ALIGN)
+    out_ptr += batch.to(tl.int64) * tokens * stride_out + head * dim
+    dqkv_ptr += batch.to(tl.int64) * tokens * stride_out * 3 + head * dim
+    lse_ptr += (batch.to(tl.int64) * heads + head) * tokens
+    stride_grad = stride_grad_token * GRAD_ALIGN
+    grad_ptr = head_start(grad_ptr, batch, head, stride_grad_batch * GRAD_ALIGN, 0)
+    if stride_grad_channel is None:
+        grad_ptr += head * dim
+    else:
+        grad_ptr += head.to(tl.int64) * dim * stride_grad_channel
+
+    # All loads first, so that their latencies overlap.
+    qs, grads, outs, dqs, ks, vs = (), (), (), (), (), ()
+    for j in tl.static_range(len(BLOCKS)):
+        rows = indices(j * BLOCKS[0], BLOCKS[j], F)
+        qs = qs + (_load(q_ptr, rows, stride_q, tokens, V, j + 1 == len(BLOCKS)),)
+        grad = _load(grad_ptr, rows, stride_grad, tokens, V, j + 1 == len(BLOCKS), stride_grad_channel)
+        grads = grads + (grad,)
+        outs = outs + (_load(out_ptr, rows, stride_out, tokens, V, j + 1 == len(BLOCKS)),)
+        dqs = dqs + (_zeros(dim, BLOCKS[j]),)
+    for c in tl.static_range(min(CHUNKS, AHEAD)):
+        keys = indices(c * WIDTH, WIDTH, F)
+        ks = ks + (_load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS),)
+        vs = vs + (_load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS),)
+    stride = 3 * stride_out
+    for j in tl.static_range(len(BLOCKS)):
+        rows = indices(j * BLOCKS[0], BLOCKS[j], F)
+        delta = tl.sum(outs[j].to(tl.float32) * grads[j].to(tl.float32), axis=1)
+        # No weight exp(s - inf) for a row past the last.
+        lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
+        notes = _notes(dqkv_ptr, stride, rows)
+        tl.store(notes, delta)
+        tl.store(notes + 16, lse * LOG2E)
+    tl.debug_barrier()
+
+    for c in tl.static_range(CHUNKS):
+        # Always true, which the compiler must not know: it would compute each tile's address once for all
+        # chunks, and run out of registers to hold them.
+        if present >> c & 1:
+            keys = indices(c * WIDTH, WIDTH, F)
+            if c < AHEAD:
+                k, v = ks[c], vs[c]
+            else:
+                k = _load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS)
+                v = _load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS)
+            dqs, dk, dv = _pass_chunk(
+                dqs, qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F, BLOCKS, c + 1 == CHUNKS
+            )
+            _store(dqkv_ptr + 2 * stride_out, dv, keys, stride, tokens, V, c + 1 == CHUNKS)
+            _store(dqkv_ptr + stride_out, dk * scale, keys, stride, tokens, V, c + 1 == CHUNKS)
+
+    # Every thread has read its notes before dq is written over them.
+    tl.debug_barrier()
+    for j in tl.static_range(len(BLOCKS)):
+        rows = indices(j * BLOCKS[0], BLOCKS[j], F)
+        _store(dqkv_ptr, tl.trans(dqs[j] * scale), rows, stride, tokens, V, j + 1 == len(BLOCKS))
+
+
+@triton.jit
+def _pass_chunk(
+    dqs,
+    qs,
+    grads,
+    k,
+    v,
+    keys,
+    dqkv_ptr,
+    stride,
+    scale,
+    tokens,
+    F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """dq^T [d, queries] of each block with what a chunk of keys adds; the chunk's dk and dv [keys, d]."""
+    dk = _zeros(k.shape[0], k.shape[1])
+    dv = _zeros(k.shape[0], k.shape[1])
+    added = ()
+    for j in tl.static_range(len(BLOCKS)):
+        # Written unlike the notes' first use, or the compiler would hold these pointers too.
+        notes = _notes(dqkv_ptr + j * BLOCKS[0] // 16 * stride, stride, indices(0, BLOCKS[j], F))
+        s = tl.dot(k, tl.trans(qs[j]), input_precision=F.precision)
+        p = tl.exp2(s * (scale * LOG2E) - tl.load(notes + 16)[None, :])
+        dp = tl.dot(v, tl.trans(grads[j]), input_precision=F.precision) - tl.load(notes)[None, :]
+        if EDGE:
+            # Keys past the last were read as zeros, and their weight exp(0 - lse) may be anything.
+            p = tl.where((keys < tokens)[:, None], p, 0.0)
+        ds = (p * dp).to(k.dtype)
+        dv = tl.dot(p.to(k.dtype), grads[j], dv, input_precision=F.precision)
+        dk = tl.dot(ds, qs[j], dk, input_precision=F.precision)
+        added = added + (tl.dot(tl.trans(k), ds, dqs[j], input_precision=F.precision),)
+    return added, dk, dv
+
+
+@triton.jit
+def _notes(dqkv_ptr, stride, rows):
+    """Where delta is kept for each of these rows, and 16 floats on its log-sum-exp: in dq, stored last.
+
+    Row i of dq, at least 32 floats long, keeps them for tokens 16 i to 16 i + 15.
+    """
+    floats = dqkv_ptr.to(tl.pointer_type(tl.float32))
+    return floats + rows // 16 * (stride * dqkv_ptr.dtype.element_ty.primitive_bitwidth // 32) + rows % 16
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def _load(ptr, rows, stride, tokens, V: tl.constexpr, EDGE: tl.constexpr, stride_lane=None):
+    """Rows in one part; zeros past the last token (if EDGE)."""
+    return load_parts(ptr, rows, stride, tokens, V, EDGE, stride_lane)[0]
+
+
+@triton.jit
+def _store(ptr, tile, rows, stride, tokens, V: tl.constexpr, EDGE: tl.constexpr):
+    """Rows rounded to the type that ``ptr`` points to, but none past the last token (if EDGE)."""
+    places = ptr + rows[:, None] * stride + tl.arange(0, V.dim)[None, :]
+    if EDGE:
+        tl.store(places, tile.to(ptr.dtype.element_ty), mask=(rows < tokens)[:, None])
+    else:
+        tl.store(places, tile.to(ptr.dtype.element_ty))
