@@ -32,7 +32,10 @@ def _steps(entry: Entry) -> dict[str, list[int]]:
     known = {"num_warps": WARPS, "num_stages": STAGES}
     known |= {name: BLOCKS for name in entry if name.startswith("BLOCK")}
     steps = {name: _beside(values, entry[name]) for name, values in known.items()}
-    steps |= {name: [1 - entry[name]] for name in ("RESIDENT", "TAIL_FIRST") if name in entry}
+    if "RESIDENT" in entry:
+        steps["RESIDENT"] = [0] if entry["RESIDENT"] else [2]
+    if "TAIL_FIRST" in entry:
+        steps["TAIL_FIRST"] = [1 - entry["TAIL_FIRST"]]
     return steps
 
 
@@ -42,11 +45,11 @@ def _beside(values: tuple[int, ...], value: int) -> list[int]:
 
 def _differs(entry: Entry, change: Entry) -> bool:
     """The resident form has no BLOCK_N and no tail: its keys are there at once."""
-    return not ((entry | change).get("RESIDENT") == 1 and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
+    return not ((entry | change).get("RESIDENT") and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
 
 
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
-    if entry.get("RESIDENT") == 1 and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
+    if entry.get("RESIDENT") and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
         return False
     return _accumulators(kernel, entry, head_dim) <= REGISTERS * 32 * entry["num_warps"]
 
