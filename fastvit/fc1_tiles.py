@@ -18,8 +18,9 @@ from typing import NamedTuple
 from . import extension, measurements
 
 OP = "fc1_tile"
-# In the order of the library's enumeration: fc1, fc1 and QKV with the norm folded in, and fc1's backward.
-KINDS = ("forward", "folded", "folded_linear", "backward")
+# In the order of the library's enumeration: fc1, fc1 and QKV with the norm folded in, fc1's backward, and the
+# projection with the residual.
+KINDS = ("forward", "folded", "folded_linear", "backward", "residual")
 
 SIZES = {"rows", "columns", "depth"}
 MOST_ROWS = 2**31

@@ -67,15 +67,29 @@ def plan_fwd(
     chosen, options = _choose("attention_fwd", q, options, arch)
     args, constants = shared_arguments(q, k, v, options)
     shape = dict(chosen.constants)
-    chunks = chunks_of(tokens) if shape.pop("RESIDENT") else ()
+    side_by_side = shape.pop("RESIDENT") * MULTIPROCESSORS.get(arch, 1)
+    chunks = chunks_of(tokens) if side_by_side else ()
     programs = -(-tokens // shape["BLOCK_M"])
     if chunks:
-        # A program takes as many of a head's query blocks as leave the GPU busy, and loads its keys once.
-        programs = min(programs, max(1, -(-2 * MULTIPROCESSORS.get(arch, 1) // max(1, batch * heads))))
+        programs = programs_of(batch * heads, programs, side_by_side)
     args |= {"out_ptr": out, "lse_ptr": lse, "programs": programs}
     constants |= shape | {"CHUNKS": chunks, "TAIL": 0 if chunks else tail_of(tokens, shape["BLOCK_N"])}
     grid = (batch * heads * programs,)
     return Launch(_attention_fwd_kernel, grid, args, constants, chosen.num_warps, chosen.num_stages)
+
+
+@cache
+def programs_of(heads: int, blocks: int, side_by_side: int) -> int:
+    """How many programs share a head's query blocks, so that all heads are done first.
+
+    They run in waves, ``side_by_side`` at a time. Each loads its head's keys, which takes about as long as
+    half a block.
+    """
+
+    def time(programs: int) -> float:
+        return -(-heads * programs // side_by_side) * (-(-blocks // programs) + 0.5)
+
+    return min(range(1, blocks + 1), key=time)
 
 
 @cache

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from .attention_load import load_parts, prepare_backward, store_parts
-from .attention_score import accumulate, indices, load_facts, load_prepared, masked, product, zeros
+from .attention_score import (
+    accumulate,
+    indices,
+    load_facts,
+    load_prepared,
+    masked,
+    product,
+    weights_of,
+    zeros,
+)
 
 
 @triton.jit
@@ -126,11 +135,11 @@ def _pass_queries(
     rows = indices(start, WIDTH, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, EDGE)
     grad_a, grad_b = load_parts(grad[0], rows, grad[1], tokens, V, EDGE, grad[2])
-    lse, delta = load_facts(facts_ptr, rows, tokens, EDGE)
+    base, lse, delta = load_facts(facts_ptr, rows, tokens, F, EDGE)
     s = product(k_a, k_b, q_a, q_b, QK, F)
     # Keys past the last are in rows of their own here, which are never stored.
     s, factor = masked(s, rows[None, :], keys[:, None], scale, masks, tokens, F, False)
-    p = tl.exp2(s * factor - lse[None, :])
+    p = weights_of(s, factor, base[None, :], lse[None, :], F)
     dv_a, dv_b = accumulate(dv_a, dv_b, p, grad_a, grad_b, V, F)
     ds = p * (product(v_a, v_b, grad_a, grad_b, V, F) - delta[None, :])
     dk_a, dk_b = accumulate(dk_a, dk_b, ds, q_a, q_b, QK, F)

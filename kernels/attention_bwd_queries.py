@@ -12,6 +12,7 @@ from .attention_score import (
     masked,
     product,
     store_facts,
+    weights_of,
     zeros,
 )
 
@@ -40,8 +41,8 @@ def own_queries(
     """dq of M queries: the keys pass in blocks of N, full but for a last one, TAIL wide."""
     rows = indices(share * M, M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-    grad_a, grad_b, lse, delta = load_outputs(out, rows, tokens, V)
-    store_facts(facts_ptr, lse, delta, rows, tokens)
+    grad_a, grad_b, base, lse, delta = load_outputs(out, rows, tokens, V, F)
+    store_facts(facts_ptr, base, lse, delta, rows, tokens)
     dq_a, dq_b = zeros(M, QK)
     full = tokens // N * N
     for part in tl.static_range(2):
@@ -54,6 +55,7 @@ def own_queries(
                     q_b,
                     grad_a,
                     grad_b,
+                    base,
                     lse,
                     delta,
                     rows,
@@ -79,6 +81,7 @@ def own_queries(
                     q_b,
                     grad_a,
                     grad_b,
+                    base,
                     lse,
                     delta,
                     rows,
@@ -110,6 +113,7 @@ def _pass_keys(
     q_b,
     grad_a,
     grad_b,
+    base,
     lse,
     delta,
     rows,
@@ -132,6 +136,6 @@ def _pass_keys(
     v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, EDGE)
     s = product(q_a, q_b, k_a, k_b, QK, F)
     s, factor = masked(s, rows[:, None], keys[None, :], scale, masks, tokens, F, EDGE)
-    p = tl.exp2(s * factor - lse[:, None])
+    p = weights_of(s, factor, base[:, None], lse[:, None], F)
     ds = p * (product(grad_a, grad_b, v_a, v_b, V, F) - delta[:, None])
     return accumulate(dq_a, dq_b, ds, k_a, k_b, QK, F)

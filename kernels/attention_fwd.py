@@ -183,7 +183,7 @@ def resident(
             weights_2 = tl.exp2(s2 * factor - base[:, None])
             total += tl.sum(weights_2, axis=1)
             acc_a, acc_b = accumulate(acc_a, acc_b, weights_2, v2_a, v2_b, V, F)
-        finish(acc_a, acc_b, top, total, rows, out, tokens, V)
+        finish(acc_a, acc_b, top, total, rows, out, tokens, V, F)
 
 
 @triton.jit
@@ -258,7 +258,7 @@ def online(
                     BLOCK_N,
                     False,
                 )
-    finish(acc_a, acc_b, top, total, rows, out, tokens, V)
+    finish(acc_a, acc_b, top, total, rows, out, tokens, V, F)
 
 
 @triton.jit

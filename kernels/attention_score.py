@@ -7,6 +7,8 @@ from .attention_load import load_parts, prepare, store_parts
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# What masks add is finite down to here: beside it logits vanish, and float32 has room below.
+LOWEST = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
@@ -89,15 +91,18 @@ def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.cons
             # A query past the last sees every key: its row is not stored, and must not look masked.
             s += tl.where((value != 0) | (queries >= count), 0.0, float("-inf"))
         else:
-            s += value.to(tl.float32) * LOG2E
+            value = value.to(tl.float32)
+            # In units of log 2 the least float32, which libraries mask with, would be -inf.
+            s += tl.where((value > float("-inf")) & (value < LOWEST / LOG2E), LOWEST, value * LOG2E)
     if EDGE:
         s = tl.where(keys < count, s, float("-inf"))
     return s, factor
 
 
 @triton.jit
-def load_outputs(out, rows, tokens, V: tl.constexpr):
-    """The output's gradient, the log-sum-exp in units of log 2, and delta = sum of output times gradient.
+def load_outputs(out, rows, tokens, V: tl.constexpr, F: tl.constexpr):
+    """The output's gradient; base and log-sum-exp in units of log 2, the weights being exp2(s - base - lse);
+    and delta = sum of output times gradient.
 
     The log-sum-exp of a row that saw no key, or is none, becomes inf: its weights exp(s - inf) are zero.
     """
@@ -109,24 +114,34 @@ def load_outputs(out, rows, tokens, V: tl.constexpr):
         delta += tl.sum(out_b.to(tl.float32) * grad_b.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + rows, mask=rows < tokens, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return grad_a, grad_b, lse * LOG2E, delta
+    base, lse = lse_parts(lse, F)
+    return grad_a, grad_b, base, lse, delta
 
 
 @triton.jit
-def store_facts(ptr, lse, delta, rows, tokens):
-    """What the other launch wants of each row: 16 bytes, half of them zeros.
+def weights_of(s, factor, base, lse, F: tl.constexpr):
+    """The softmax's weights once more, from what the forward kept of each row."""
+    if F.mask == "bias":
+        s -= base
+    return tl.exp2(s * factor - lse)
+
+
+@triton.jit
+def store_facts(ptr, base, lse, delta, rows, tokens):
+    """What the other launch wants of each row: 16 bytes, the last four of them zero.
 
     A vector of floats each thread would read for itself, as many as it multiplies with, one by one; a tile as
     large as the program has threads is read once.
     """
     lanes = tl.arange(0, 4)[None, :]
     facts = tl.where(lanes == 0, lse[:, None], tl.where(lanes == 1, delta[:, None], 0.0))
+    facts = tl.where(lanes == 2, base[:, None], facts)
     tl.store(ptr + rows[:, None] * 4 + lanes, facts, mask=(rows < tokens)[:, None])
 
 
 @triton.jit
-def load_facts(ptr, rows, tokens, EDGE: tl.constexpr):
-    """Log-sum-exp in units of log 2, inf for a row that is none, and delta."""
+def load_facts(ptr, rows, tokens, F: tl.constexpr, EDGE: tl.constexpr):
+    """Base and log-sum-exp, inf for a row that is none, and delta."""
     lanes = tl.arange(0, 4)[None, :]
     places = ptr + rows[:, None] * 4 + lanes
     if EDGE:
@@ -136,7 +151,10 @@ def load_facts(ptr, rows, tokens, EDGE: tl.constexpr):
     lse = tl.sum(tl.where(lanes == 0, facts, 0.0), axis=1)
     if EDGE:
         lse = tl.where(rows < tokens, lse, float("inf"))
-    return lse, tl.sum(tl.where(lanes == 1, facts, 0.0), axis=1)
+    base = lse
+    if F.mask == "bias":
+        base = tl.sum(tl.where(lanes == 2, facts, 0.0), axis=1)
+    return base, lse, tl.sum(tl.where(lanes == 1, facts, 0.0), axis=1)
 
 
 @triton.jit
@@ -146,10 +164,32 @@ def finite(top):
 
 
 @triton.jit
-def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr):
+def lse_of(top, total, F: tl.constexpr):
+    """The log-sum-exp that is kept. Where a float mask made the whole row LOWEST, log2(total) would vanish
+    beside it, and the backward needs it: there LOWEST (1 + log2(total) / 32) stands for it.
+    """
+    lse = (finite(top) + tl.log2(total)) * LN2
+    if F.mask == "bias":
+        lse = tl.where(top == LOWEST, LOWEST + LOWEST / 32 * tl.log2(total), lse)
+    return lse
+
+
+@triton.jit
+def lse_parts(lse, F: tl.constexpr):
+    """What ``lse_of`` kept, in units of log 2: the row's LOWEST or 0, and the rest."""
+    base, rest = tl.zeros_like(lse), lse * LOG2E
+    if F.mask == "bias":
+        low = lse <= LOWEST
+        base = tl.where(low, LOWEST, 0.0)
+        rest = tl.where(low, (lse / LOWEST - 1) * 32, rest)
+    return base, rest
+
+
+@triton.jit
+def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr, F: tl.constexpr):
     """Divide by the sum and store; a row with no key to see is zeros, and its log-sum-exp -inf."""
     out_ptr, stride, lse_ptr = out
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_parts(out_ptr, acc_a * share[:, None], acc_b * share[:, None], rows, stride, tokens, V)
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, (finite(top) + tl.log2(total)) * LN2, mask=rows < tokens)
+        tl.store(lse_ptr + rows, lse_of(top, total, F), mask=rows < tokens)

@@ -6,7 +6,8 @@ A file maps a kernel's name to entries in order; the first that fits is taken:
      "status": "modelled"}
 
 Lower-case names are conditions: ``dtype`` is "half" (float16, bfloat16), "tf32" or "ieee" (float32), and a
-number is the largest size that the entry is for. Capitals are the kernel's constants. ``status`` is
+number is the largest size that the entry is for. Capitals are the kernel's constants; RESIDENT is 0, or how
+many programs that keep a head's keys a multiprocessor holds. ``status`` is
 "measured" (with "gpu", "date" and "commit") or "modelled": chosen from the register and shared-memory facts
 of a compile. A file of {"like": "sm_89"} is that one's table. An architecture without a file of its own, and
 the CPU's interpreter, take ``safe.json``.

@@ -18,7 +18,7 @@ import libraries  # noqa: E402
 
 H100 = 132  # multiprocessors
 # In the order of the C++ enumeration.
-KINDS = ("forward", "folded", "folded_linear", "backward")
+KINDS = ("forward", "folded", "folded_linear", "backward", "residual")
 
 
 def compiled(folder, sources=CSRC):

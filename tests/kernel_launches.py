@@ -33,7 +33,7 @@ EMBED_INPUTS = ("images", "weight", "bias", "pos_embed", "prefix")
 # Tiles of unequal sides, so that none stands in for another, and small, so that few tokens make several. They
 # take the tail first, and the safe table's take it last.
 FORMS = {
-    "resident": {"RESIDENT": 1, "BLOCK_M": 16, "BLOCK_N": 16, "TAIL_FIRST": 0},
+    "resident": {"RESIDENT": 4, "BLOCK_M": 16, "BLOCK_N": 16, "TAIL_FIRST": 0},
     "online": {"RESIDENT": 0, "BLOCK_M": 32, "BLOCK_N": 16, "TAIL_FIRST": 1},
 }
 BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "TAIL_FIRST": 1}

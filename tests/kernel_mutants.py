@@ -9,6 +9,7 @@ import op_cases
 import torch
 from kernel_checks import attention_within_contract, embed_within_contract
 from kernel_launches import attention_form, on_device
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -48,6 +49,14 @@ def _embed(kernels: ModuleType, *, dtype: torch.dtype = FP32, grad: str | None =
     embed_within_contract(kernels, on_device(call), grad)
 
 
+def _least_float(kernels: ModuleType, grad: str | None = None) -> None:
+    call = op_cases.build("attention", dtype=FP32, tokens=17)
+    call["attn_mask"] = torch.zeros(17, 17)
+    call["attn_mask"][5], call["attn_mask"][:, 9] = (torch.finfo(FP32).min,) * 2
+    with attention_form(kernels, "online"), sdpa_kernel(SDPBackend.MATH):
+        attention_within_contract(kernels, on_device(call), grad)
+
+
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "forward": partial(_attention, regime="randn", tokens=17, head_dim=32),
     "forward, resident": partial(_attention, regime="randn", tokens=50, head_dim=32, form="resident"),
@@ -57,6 +66,8 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "tail, resident": partial(_attention, regime="logits_negative", tokens=50, head_dim=32, form="resident"),
     "masked": partial(_attention, regime="masked", tokens=17, head_dim=32),
     "masked by bool": partial(_attention, regime="masked_bool", tokens=17, head_dim=32),
+    "least float": _least_float,
+    "backward, least float": partial(_least_float, grad="contiguous"),
     "key mask": partial(_attention, key_mask=True, tokens=17),
     "large logits": partial(_attention, regime="logits_100", dtype=FP16, tokens=50, head_dim=32),
     "layer norm": partial(_attention, norm="layer_norm", tokens=17),
@@ -115,8 +126,16 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
         ("tail mask a key short", "tl.where(keys < count, s, ", "tl.where(keys < count - 1, s, ", "forward"),
         ("key mask turned round", "seen != 0, 0.0", "seen == 0, 0.0", "key mask"),
         ("mask turned round", "(value != 0) |", "(value == 0) |", "masked by bool"),
-        ("bias in units of e", "value.to(tl.float32) * LOG2E", "value.to(tl.float32)", "masked"),
-        ("bias added twice", "value.to(tl.float32) * LOG2E", "value.to(tl.float32) * 2 * LOG2E", "masked"),
+        ("bias in units of e", "LOWEST, value * LOG2E)", "LOWEST, value)", "masked"),
+        ("the least float is -inf", "value < LOWEST / LOG2E", "value < 0 * LOWEST - 3.41e38", "least float"),
+        (
+            "a low row's sum dropped",
+            "LOWEST + LOWEST / 32 * tl.log2(total)",
+            "LOWEST",
+            "backward, least float",
+        ),
+        ("a low row's base dropped", "        s -= base\n", "        s -= 0.0\n", "backward, least float"),
+        ("bias added twice", "LOWEST, value * LOG2E)", "LOWEST, value * 2 * LOG2E)", "masked"),
         (
             "second part dropped",
             "if P.b_width > 0:\n        s = tl.dot",

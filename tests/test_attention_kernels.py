@@ -18,6 +18,7 @@ from kernel_launches import (
     attention_launch,
     on_device,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit_kernels as kernels
 import fastvit_kernels.attention
@@ -140,6 +141,30 @@ def test_wholly_masked_rows_are_zero_with_finite_gradients(dtype, form, mask):
     alive = torch.ones(2, tokens, dtype=torch.bool, device=DEVICE)
     alive[rows] = False
     assert (found["out"][alive] != 0).all()
+
+
+# Of the calls' own dtype, and bfloat16's that was cast. Dropped: float16's in float32, which is not large:
+# a row of nothing else keeps three digits of its weights there, as in torch's fused op.
+@pytest.mark.parametrize(
+    ("dtype", "of"), [*[(dtype, dtype) for dtype in DTYPES], (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grad", [None, "contiguous"])
+def test_a_mask_of_the_least_float_is_finite(dtype, of, form, grad):
+    """As transformers masks: a row of nothing else weighs its keys alike, and -inf beside it is -inf still.
+
+    torch's fused backward weighs each of them 1, in float64 too, since its log-sum-exp has no room for log N.
+    """
+    tokens, least = 19, torch.finfo(of).min
+    call = op_cases.build("attention", dtype=dtype, tokens=tokens)
+    mask = torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(2)).to(dtype)
+    mask[:, 11:] = least
+    mask[3] = mask[17] = least
+    mask[5, 2:] = least
+    mask[7], mask[7, ::3] = -torch.inf, least
+    mask[9], mask[9, 4] = -torch.inf, 0.0
+    with attention_form(kernels, form), sdpa_kernel(SDPBackend.MATH):
+        attention_within_contract(kernels, call | {"attn_mask": mask}, grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ import torch
 import fastvit_kernels as kernels
 import fastvit_kernels.attention
 from fastvit_kernels import launch, tiles
-from fastvit_kernels.attention import chunks_of
+from fastvit_kernels.attention import chunks_of, programs_of
 from fastvit_kernels.attention_options import Options, tail_of
 from fastvit_kernels.launch import Launch, check_grid, needs_int64, vector_width
 
@@ -117,6 +117,23 @@ def test_chunks_cover_the_tokens_with_least_to_spare():
         assert sum(chunks) == min(cover for cover in covers if cover >= tokens)
         assert list(chunks) == sorted(chunks, reverse=True)
         assert len(chunks) <= 3
+
+
+@pytest.mark.parametrize(
+    ("heads", "programs"), [(12, 4), (96, 2), (192, 1), (264, 1), (300, 2), (384, 2), (528, 1), (3072, 1)]
+)
+def test_programs_by_waves(heads, programs):
+    """Of 197 tokens on an H100: 384 heads were two waves of four blocks, and are three of two."""
+    assert programs_of(heads, 4, 264) == programs
+
+
+def test_no_number_of_programs_leaves_more_of_the_gpu_idle():
+    for heads in range(0, 3000, 7):
+        for blocks in range(1, 7):
+            chosen = programs_of(heads, blocks, 264)
+            assert 1 <= chosen <= blocks
+            waves = [-(-heads * p // 264) * (-(-blocks // p) + 0.5) for p in range(1, blocks + 1)]
+            assert waves[chosen - 1] == min(waves)
 
 
 def attention_launches(tokens, arch, dtype=torch.float16):

@@ -123,7 +123,7 @@ def test_a_tile_that_does_not_compile_is_passed_over():
     gpu = FakeGpu(faster(num_stages=3), broken=[{"num_stages": 3}])
     assert tune(gpu)[0] == (1, 0)
     assert all(tile["num_stages"] != 3 for _, _, tried in gpu.measured for tile in tried)
-    broken = FakeGpu(faster(), broken=[{"RESIDENT": 1}, {"RESIDENT": 0}])
+    broken = FakeGpu(faster(), broken=[{"RESIDENT": 2}, {"RESIDENT": 0}])
     assert "no tile near it compiles" in tune(broken)[1]
 
 
@@ -159,7 +159,7 @@ def test_a_gain_that_the_second_measurement_does_not_show_is_not_taken():
 
 def test_a_current_tile_that_is_wrong_is_said_and_left_as_it_is():
     before = (tiles.FOLDER / f"{ARCH}.json").read_text()
-    counts, said = tune(FakeGpu(faster(), wrong=[{"RESIDENT": 1}]))
+    counts, said = tune(FakeGpu(faster(), wrong=[{"RESIDENT": 2}]))
     assert counts == (0, 0)
     assert "WRONG" in said
     assert (tiles.FOLDER / f"{ARCH}.json").read_text() == before

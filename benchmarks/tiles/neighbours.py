@@ -10,7 +10,7 @@ Entry = dict[str, Any]
 
 WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4, 5)
 BLOCKS = (16, 32, 64, 128, 256)
-FORMS = ("RESIDENT", "TAIL_FIRST", "ONE_LAUNCH")  # 1 or 0
+FORMS = ("TAIL_FIRST", "ONE_LAUNCH")  # 1 or 0
 # The resident form covers a head's keys by three chunks of at most 128.
 RESIDENT_TOKENS = 384
 REGISTERS = 255  # of a thread
@@ -35,6 +35,8 @@ def _steps(entry: Entry) -> dict[str, list[int]]:
     known = {"num_warps": WARPS, "num_stages": STAGES}
     known |= {name: BLOCKS for name in entry if name.startswith("BLOCK")}
     steps = {name: _beside(values, entry[name]) for name, values in known.items()}
+    if "RESIDENT" in entry:
+        steps["RESIDENT"] = [0] if entry["RESIDENT"] else [2]
     steps |= {name: [1 - entry[name]] for name in FORMS if name in entry}
     return steps
 
@@ -50,11 +52,11 @@ def _differs(entry: Entry, change: Entry) -> bool:
     """
     if "ONE_LAUNCH" in entry:
         return "ONE_LAUNCH" in change or (entry["ONE_LAUNCH"] == 1 and "num_stages" not in change)
-    return not ((entry | change).get("RESIDENT") == 1 and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
+    return not ((entry | change).get("RESIDENT") and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
 
 
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
-    if entry.get("RESIDENT") == 1 and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
+    if entry.get("RESIDENT") and entry.get("tokens", math.inf) > RESIDENT_TOKENS:
         return False
     return _accumulators(kernel, entry, head_dim) <= REGISTERS * 32 * entry["num_warps"]
 
