@@ -22,7 +22,7 @@ NUMBERS = count()
 MODULES = (
     *("backends.py", "call_facts.py", "derived.py", "errors.py", "extension.py", "measurements.py"),
     *("asking.py", "frames.py", "gpus.py", "recording.py", "weight_samples.py"),
-    *("native_backend.py", "triton_backend.py"),
+    *("fc1_tiles.py", "native_backend.py", "triton_backend.py"),
 )
 
 
