@@ -1,4 +1,4 @@
-"""The scan for writes under another group's products: on a few lines, and on a kernel without its barriers."""
+"""The scan for writes under other groups' products: on a few lines, and on a kernel without its barriers."""
 
 import pytest
 from aot_runs import python
