@@ -46,6 +46,7 @@ struct Forward {
 
 template <int kWidth, typename Function, typename T>
 __global__ void __launch_bounds__(kActivationThreads) activate_kernel(Forward<T> a) {
+  await_the_stream();
   const std::int64_t index = thread_index(), per_row = a.columns / kWidth;
   if (index >= a.rows * per_row) return;
   Place place = place_of(index, per_row);
@@ -83,6 +84,7 @@ struct Backward {
 
 template <int kWidth, typename Function, typename T>
 __global__ void __launch_bounds__(kActivationThreads) activate_backward_kernel(Backward<T> a) {
+  await_the_stream();
   const std::int64_t index = thread_index(), per_row = a.columns / kWidth;
   if (index >= a.rows * per_row) return;
   Place place = place_of(index, per_row);

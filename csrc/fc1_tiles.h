@@ -48,7 +48,7 @@ inline constexpr Epilogue kEpilogues[] = {
     {21.0, 4},   // the norm and the activation
     {9.5, 4},    // the norm
     {36.0, 12},  // the slope and the activation, what was before it, the gradient, and sums of columns
-    {15.0, 8},   // LayerScale, the residual, and the moments of its rows
+    {14.6, 8},   // LayerScale, the residual, and the moments of its rows
 };
 
 // Of d [rows, columns], and how many products each of its numbers is the sum of.

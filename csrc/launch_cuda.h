@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 
 #include "rows.h"
 #include "scope.h"
@@ -45,6 +46,15 @@ inline int device_attribute(const Tensor& beside, cudaDeviceAttr attribute) {
 // What grids that walk over their rows are measured by: it depends on the device alone, and so do their sums.
 inline std::int64_t multiprocessors(const Tensor& beside) {
   return device_attribute(beside, cudaDevAttrMultiProcessorCount);
+}
+
+// Whether a kernel may begin while the one before it ends (FASTVIT_PDL=1, from Hopper on): it then waits at its top.
+inline bool begins_early(const Tensor& beside) {
+  static const bool asked = [] {
+    const char* value = std::getenv("FASTVIT_PDL");
+    return value != nullptr && value[0] == '1';
+  }();
+  return asked && device_attribute(beside, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -74,6 +74,7 @@ constexpr bool kHoldsWeight =
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kVectors * kWidth>)
     norm_backward_kernel(Backward<In, Out, Parameter> a) {
+  await_the_stream();
   constexpr int kSums = kVectors > 0 ? kVectors * kWidth : 1;
   constexpr int kHeld = kHoldsRows<In, Out, kVectors * kWidth> ? kVectors : 0;
   constexpr int kBeside = kHoldsBeside<In, Out, kVectors * kWidth> ? kVectors : 0;

@@ -47,6 +47,7 @@ __device__ __forceinline__ void write_vector(float (&centred)[kWidth], const Row
 
 template <int kVectors, int kWidth, typename In, typename Out, typename Parameter>
 __global__ void __launch_bounds__(kThreads) norm_forward_kernel(Forward<In, Out, Parameter> a) {
+  await_the_stream();
   const std::int64_t r = first_row();
   if (r >= a.rows) return;
   const Row<In, kVectors, kWidth> row(a.x + r * a.columns, a.columns);
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kThreads) norm_forward_kernel(Forward<In, Out,
 
 template <int kWidth, typename In, typename Out, typename Parameter>
 __global__ void __launch_bounds__(kThreads) renorm_kernel(Forward<In, Out, Parameter> a) {
+  await_the_stream();
   const std::int64_t r = first_row();
   if (r >= a.rows) return;
   const Row<In, 0, kWidth> row(a.x + r * a.columns, a.columns);

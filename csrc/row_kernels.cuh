@@ -93,13 +93,30 @@ bool vectors_fit(std::int64_t columns, const T*... rows) {
 template <typename... T>
 constexpr int kFullWidth = 16 / std::max({sizeof(T)...});
 
+// The first statement of every kernel here: wait for all that the stream holds before, which is over at once unless
+// the launch let this kernel begin early, and let the next begin. No memory may be read or written ahead of it.
+__device__ __forceinline__ void await_the_stream() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks, int threads,
             const Tensor& beside, const Arguments&... arguments) {
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks <= INT_MAX, current_op, ": ", name, ": ", blocks, " blocks are more than a grid holds");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, current_stream(beside)>>>(arguments...);
-  check(cudaGetLastError(), name);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(static_cast<unsigned>(blocks));
+  how.blockDim = dim3(static_cast<unsigned>(threads));
+  how.stream = current_stream(beside);
+  how.attrs = &early;
+  how.numAttrs = begins_early(beside) ? 1 : 0;
+  check(cudaLaunchKernelEx(&how, kernel, Parameters(arguments)...), name);
 }
 
 template <typename T>
@@ -260,6 +277,7 @@ struct PlainTerm {
 template <int kWidth, typename Term, typename Out>
 __global__ void __launch_bounds__(kSumWarps * kLanes)
     column_sums_kernel(Term term, Out* sums, std::int64_t rows, std::int64_t columns, std::int64_t chunk_rows) {
+  await_the_stream();
   const int tiles = static_cast<int>((columns + kLanes * kWidth - 1) / (kLanes * kWidth));
   const std::int64_t chunk = static_cast<int>(blockIdx.x) / tiles;
   const int tile = static_cast<int>(blockIdx.x) % tiles;

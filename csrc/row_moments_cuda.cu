@@ -9,6 +9,7 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     row_moments_kernel(const T* x, float2* moments, std::int64_t rows, std::int64_t columns) {
+  await_the_stream();
   const std::int64_t r = first_row();
   if (r >= rows) return;
   constexpr int kOfALane = kMomentColumns / kLanes;
@@ -39,6 +40,7 @@ constexpr int kRowThreads = 128;
 __global__ void __launch_bounds__(kRowThreads)
     statistics_kernel(const float2* moments, float* mean, float* rstd, std::int64_t rows, std::int64_t columns,
                       float eps) {
+  await_the_stream();
   const std::int64_t row = thread_index();
   if (row >= rows) return;
   const Moments<float> of = joined_moments<float>(columns, [&](std::int64_t part, float& part_mean, float& squares) {

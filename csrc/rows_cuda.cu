@@ -24,6 +24,7 @@ struct AddScaled {
 
 template <int kWidth, typename Residual, typename Y, typename Parameter>
 __global__ void __launch_bounds__(kElementThreads) add_scaled_kernel(AddScaled<Residual, Y, Parameter> a) {
+  await_the_stream();
   const std::int64_t index = thread_index(), per_row = a.columns / kWidth;
   if (index >= a.rows * per_row) return;
   const Place place = place_of(index, per_row);
@@ -44,6 +45,7 @@ template <int kWidth, typename In, typename Out, typename Parameter>
 __global__ void __launch_bounds__(kElementThreads)
     scale_kernel(const In* x, const Parameter* layer_scale, const float* sample_scale, Out* out, std::int64_t rows,
                  std::int64_t columns, std::int64_t sample_rows) {
+  await_the_stream();
   const std::int64_t index = thread_index(), per_row = columns / kWidth;
   if (index >= rows * per_row) return;
   const Place place = place_of(index, per_row);

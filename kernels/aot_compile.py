@@ -98,8 +98,7 @@ def specialized(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
     The types and what is known of their values come from Triton's own binder, which a launch goes through.
     """
     backend = make_backend(target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    given = launch.args | launch.constants | options
+    given = launch.args | launch.constants | launch.options
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     bound, specialization, options = bind(**given)
     options, *types = launch.kernel._pack_args(backend, given, bound, specialization, options)

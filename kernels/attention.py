@@ -65,7 +65,7 @@ def plan_fwd(
     """The launch of the forward on an architecture, from shapes alone."""
     batch, tokens, heads, _ = q.shape
     chosen, options = _choose("attention_fwd", q, options, arch)
-    args, constants = shared_arguments(q, k, v, options)
+    args, constants = shared_arguments(q, k, v, options, arch)
     shape = dict(chosen.constants)
     side_by_side = shape.pop("RESIDENT") * MULTIPROCESSORS.get(arch, 1)
     chunks = chunks_of(tokens) if side_by_side else ()
@@ -175,7 +175,7 @@ def plan_bwd(
     ``facts`` [B, H, N, 4] in float32 is scratch memory, which a backward in one launch does without; ``sums``
     is ``norm_sums``'s, or empty.
     """
-    args, constants = shared_arguments(q, k, v, options)
+    args, constants = shared_arguments(q, k, v, options, arch)
     side_by_side = grad_out.stride(-1) == 1
     align = vector_width(grad_out) if side_by_side else 1
     args |= {"out_ptr": out, "lse_ptr": lse, "grad_ptr": grad_out, "facts_ptr": facts, "dqkv_ptr": dqkv}

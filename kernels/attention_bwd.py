@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .attention_bwd_keys import own_keys
 from .attention_bwd_queries import own_queries
-from .attention_fwd import INTEGERS as FWD_INTEGERS
-from .attention_score import head_start
+from .attention_options import INTEGERS as FWD_INTEGERS
+from .attention_score import await_the_stream, head_start
 
 INTEGERS = [*FWD_INTEGERS, "stride_grad_batch", "stride_grad_token", "stride_grad_channel"]
 
@@ -72,6 +72,7 @@ def _attention_bwd_kernel(
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
+    EARLY: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     OWNER: tl.constexpr,
@@ -87,6 +88,7 @@ def _attention_bwd_kernel(
     from the queries' launch to the keys'. ``sums_ptr`` [B * H * programs,
     2, d], if there is one, takes each program's share of the norm's weight and bias gradients.
     """
+    await_the_stream(EARLY)
     pid = tl.program_id(0)
     share = pid % programs
     head = pid // programs % heads

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .attention_load import load_parts
-from .attention_score import LOG2E, head_start, indices
+from .attention_score import LOG2E, await_the_stream, head_start, indices
 
 # What it is for: the dq of more tokens would not fit into the registers of four warps.
 TOKENS, HEAD_DIM = 208, 64
@@ -52,6 +52,7 @@ def _attention_bwd_heads_kernel(
     present,
     F: tl.constexpr,
     V: tl.constexpr,
+    EARLY: tl.constexpr,
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -64,6 +65,7 @@ def _attention_bwd_heads_kernel(
     Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
     channels lie side by side where their stride is None.
     """
+    await_the_stream(EARLY)
     pid = tl.program_id(0)
     head = pid % heads
     batch = pid // heads

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from .attention_load import load_parts
+from .attention_options import INTEGERS
 from .attention_score import (
     accumulate,
+    await_the_stream,
     finish,
     finite,
     head_start,
@@ -15,21 +17,6 @@ from .attention_score import (
     product,
     zeros,
 )
-
-# Sizes and strides: Triton would compile a variant for each kind of value, which gains nothing here.
-INTEGERS = [
-    *(
-        "stride_q_batch",
-        "stride_q_token",
-        "stride_q_head",
-        "stride_k_batch",
-        "stride_k_token",
-        "stride_k_head",
-    ),
-    *("stride_v_batch", "stride_v_token", "stride_v_head", "stride_mask_batch", "stride_mask_head"),
-    *("stride_mask_query", "stride_mask_key", "stride_key_batch", "stride_key_token", "stride_rope_batch"),
-    *("stride_rope_head", "stride_rope_token", "prefix", "tokens", "heads", "programs"),
-]
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -74,6 +61,7 @@ def _attention_fwd_kernel(
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
+    EARLY: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -87,6 +75,7 @@ def _attention_fwd_kernel(
     Strides of q, k, v and the rotary tables come in units of ALIGN elements, for the compiler to see how wide
     it may read. An ``lse_ptr`` of None stores no log-sum-exp.
     """
+    await_the_stream(EARLY)
     pid = tl.program_id(0)
     share = pid % programs
     head = pid // programs % heads

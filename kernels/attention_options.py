@@ -7,9 +7,23 @@ import torch
 from torch import Tensor
 
 from .attention_load import Form, parts_of
-from .launch import INT32_MAX, vector_width
+from .launch import INT32_MAX, begins_early, vector_width
 
 MAX_HEAD_DIM = 256
+# Sizes and strides: Triton would compile a variant for each kind of value, which gains nothing here.
+INTEGERS = [
+    *(
+        "stride_q_batch",
+        "stride_q_token",
+        "stride_q_head",
+        "stride_k_batch",
+        "stride_k_token",
+        "stride_k_head",
+    ),
+    *("stride_v_batch", "stride_v_token", "stride_v_head", "stride_mask_batch", "stride_mask_head"),
+    *("stride_mask_query", "stride_mask_key", "stride_key_batch", "stride_key_token", "stride_rope_batch"),
+    *("stride_rope_head", "stride_rope_token", "prefix", "tokens", "heads", "programs"),
+]
 
 
 class Options(NamedTuple):
@@ -37,7 +51,7 @@ class Options(NamedTuple):
 
 
 def shared_arguments(
-    q: Tensor, k: Tensor, v: Tensor, options: Options
+    q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The run-time arguments and the constants that forward and backward have in common.
 
@@ -78,7 +92,8 @@ def shared_arguments(
         options.precision,
         far,
     )
-    return args, {"F": form, "QK": parts_of(dim, options.layout), "V": parts_of(dim), "ALIGN": align}
+    constants = {"F": form, "QK": parts_of(dim, options.layout), "V": parts_of(dim), "ALIGN": align}
+    return args, constants | {"EARLY": begins_early(arch)}
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_load import load_parts, prepare, store_parts
 
@@ -9,6 +10,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # What masks add is finite down to here: beside it logits vanish, and float32 has room below.
 LOWEST = tl.constexpr(-(2.0**100))
+
+
+@triton.jit
+def await_the_stream(EARLY: tl.constexpr):
+    """A kernel's first statement: wait for all that the stream holds before, and let the next kernel begin.
+
+    No memory may be read or written ahead of it.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

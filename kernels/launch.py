@@ -1,5 +1,6 @@
 """A launch as a value, planned from shapes alone: what is compiled ahead of time is what a call runs."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ class Launch:
         kernel: a ``@triton.jit`` function.
         grid: programs in x (up to 2^31 - 1), y and z (up to 65535).
         args: run-time arguments by name: tensors, ints, floats, or None for a pointer that is not read.
-        constants: compile-time arguments by name.
+        constants: compile-time arguments by name. One that is named EARLY says whether the kernel may begin
+            while the one before it ends.
         num_warps, num_stages: of a program, and of its software pipeline.
     """
 
@@ -31,6 +33,13 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it is compiled with beside its arguments."""
+        early = self.constants.get("EARLY", False)
+        pipeline = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return pipeline | {"enable_fp_fusion": True, "launch_pdl": early}
 
     def __call__(self) -> Any:
         """Run it on the current stream of the device that its tensors are on; an empty grid runs nothing.
@@ -44,13 +53,15 @@ class Launch:
         if 0 in self.grid:
             return None
         with device_guard(next(a for a in self.args.values() if isinstance(a, Tensor))):
-            return self.kernel[self.grid](
-                **self.args,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=True,
-            )
+            return self.kernel[self.grid](**self.args, **self.constants, **self.options)
+
+
+def begins_early(arch: str) -> bool:
+    """Whether kernels along a block begin while those before them end: with FASTVIT_PDL=1, from Hopper on.
+
+    CUDA calls it programmatic dependent launch. It is off, because no GPU has shown what it gains.
+    """
+    return os.environ.get("FASTVIT_PDL") == "1" and arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager:

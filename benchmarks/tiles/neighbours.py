@@ -1,4 +1,4 @@
-"""The tiles near a tile: one or two of its numbers changed by a step, and none that cannot be."""
+"""The tiles to try in the place of one: those known to be good elsewhere, and those that are near it."""
 
 import math
 from itertools import chain, combinations
@@ -17,16 +17,42 @@ REGISTERS = 255  # of a thread
 MOST = 24
 
 
+def _seed(rows: int, columns: int, warps: int, stages: int, **forms: int) -> Entry:
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages} | forms
+
+
+# Tiles that compile without spills in half precision at 64 channels a head, more than two steps from most.
+MOST_CHANNELS = 64
+SEEDS = {
+    "attention_fwd": (
+        _seed(128, 64, 8, 3, RESIDENT=0),
+        _seed(64, 64, 4, 2, RESIDENT=0),
+        _seed(64, 64, 4, 2, RESIDENT=2),
+    ),
+    "attention_bwd_keys": (_seed(64, 128, 8, 2), _seed(64, 64, 4, 1), _seed(32, 64, 4, 1)),
+    "attention_bwd_queries": (_seed(128, 64, 8, 2), _seed(64, 64, 4, 2)),
+}
+
+
 def neighbours(kernel: str, entry: Entry, head_dim: int = 64) -> list[Entry]:
-    """Tiles that differ from the entry in one number, then in two, at most ``MOST``; the conditions stay."""
+    """The seeds, then tiles that differ from the entry in one number, then in two; the conditions stay.
+
+    At most ``MOST`` of them, for heads of ``head_dim`` channels.
+    """
     changes = [{name: value} for name, values in _steps(entry).items() for value in values]
     pairs = [a | b for a, b in combinations(changes, 2) if a.keys() != b.keys()]
     # Sizes and warps go together: pairs with a block and the warps come first.
     pairs.sort(key=lambda pair: "num_warps" not in pair)
     found = []
-    for change in chain(changes, pairs):
+    fits = entry.get("dtype") == "half" and entry.get("head_dim", MOST_CHANNELS + 1) <= MOST_CHANNELS
+    for change in chain(SEEDS.get(kernel, ()) if fits else (), changes, pairs):
         made = entry | change
-        if _can_be(kernel, made, head_dim) and made not in found and _differs(entry, change):
+        if (
+            made != entry
+            and _can_be(kernel, made, head_dim)
+            and made not in found
+            and _differs(entry, change)
+        ):
             found.append(made)
     return found[:MOST]
 
@@ -52,7 +78,8 @@ def _differs(entry: Entry, change: Entry) -> bool:
     """
     if "ONE_LAUNCH" in entry:
         return "ONE_LAUNCH" in change or (entry["ONE_LAUNCH"] == 1 and "num_stages" not in change)
-    return not ((entry | change).get("RESIDENT") and change.keys() & {"BLOCK_N", "TAIL_FIRST"})
+    different = {name for name, value in change.items() if entry[name] != value}
+    return not ((entry | change).get("RESIDENT") and different & {"BLOCK_N", "TAIL_FIRST"})
 
 
 def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
