@@ -99,7 +99,7 @@ struct Gemm {
     Device device;
     cutlass::Status status = Device::can_implement(arguments);
     if (status == cutlass::Status::kSuccess) status = device.initialize(arguments, workspace, place.stream);
-    if (status == cutlass::Status::kSuccess) status = device.run(place.stream, nullptr, place.early);
+    if (status == cutlass::Status::kSuccess) status = device.run(place.stream);
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
   }
 };

@@ -51,7 +51,6 @@ struct Fc1Backward {
 struct Fc1Place {
   int multiprocessors;
   cudaStream_t stream;
-  bool early;  // the kernel may begin while the one before it ends
 };
 
 std::size_t fc1_workspace(const Fc1Forward& call, std::size_t tile, const Fc1Place& place);

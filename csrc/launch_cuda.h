@@ -49,6 +49,7 @@ inline std::int64_t multiprocessors(const Tensor& beside) {
 }
 
 // Whether a kernel may begin while the one before it ends (FASTVIT_PDL=1, from Hopper on): it then waits at its top.
+// Those of CUTLASS do not: its stream-K kernels do not compile with it (4.2).
 inline bool begins_early(const Tensor& beside) {
   static const bool asked = [] {
     const char* value = std::getenv("FASTVIT_PDL");

@@ -34,7 +34,7 @@ ARCHS = ("80", "89", "90a", "100", "120")
 # for every product under way (C7510).
 HOPPER = "90a"
 HOPPER_SOURCES = "*_sm90.cu"
-CUTLASS_FLAGS = ("-DNDEBUG", "-DFASTVIT_CUTLASS", "-DCUTLASS_ENABLE_GDC_FOR_SM90=1")
+CUTLASS_FLAGS = ("-DNDEBUG", "-DFASTVIT_CUTLASS")
 # In the CUDA library itself: for which architectures it is, and CUTLASS's version.
 BUILT_FOR = "fastvit built for {}; CUTLASS {}"
 NO_CUTLASS = "CUTLASS's headers are absent (pip install --no-deps nvidia-cutlass)"

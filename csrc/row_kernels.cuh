@@ -193,7 +193,7 @@ __device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use
 template <typename T, int kVectors, int kWidth>
 class Row {
   // As they are loaded: halves would be taken apart at once where two branches meet, and what is on its way waited for.
-  struct alignas(Vector<T, kWidth>) Words {
+  struct alignas(kVectors > 0 ? alignof(Vector<T, kWidth>) : alignof(std::uint32_t)) Words {
     std::uint32_t at[kVectors > 0 ? sizeof(Vector<T, kWidth>) / 4 : 1];
   };
 

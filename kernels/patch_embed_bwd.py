@@ -70,7 +70,10 @@ def patch_embed_dweight_kernel(
     step_image, step_patch = BLOCK_M // num_patches, BLOCK_M % num_patches
     step_y, step_x = step_patch // grid_w, step_patch % grid_w
     acc = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
-    for first in range(start, stop, BLOCK_M):
+    # At least once, and known to be: for a loop that may not run, Triton 3.6 has each wgmma wait for itself.
+    end = tl.maximum(stop, start + 1)
+    tl.assume(start < end)
+    for first in range(start, end, BLOCK_M):
         inside = (first + tl.arange(0, BLOCK_M) < stop)[:, None]
         token = num_prefix + y * grid_w + x
         row = tl.multiple_of(image.to(tl.int64) * grad_b + token * grad_t, GRAD_ALIGN)
