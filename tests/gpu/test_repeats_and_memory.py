@@ -23,6 +23,21 @@ def test_a_hundred_runs_give_the_same_bits(op, full, gpu):
         same(run(op, call), first)
 
 
+# Triton 3.6 and 3.8 may let one group of warps overwrite what another's product still reads, if it runs ahead.
+@pytest.mark.needs(runtime=True)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in NATIVE])
+def test_a_thousand_runs_beside_others_give_the_same_bits(op, gpu):
+    call = call_of(op, batch=16)
+    first = run(op, call)
+    random, beside = Random(0), torch.cuda.Stream()
+    operands = [torch.randn(size, size, device="cuda") for size in (64, 512, 1024, 2048)]
+    for _ in range(10 * RUNS):
+        with torch.cuda.stream(beside):
+            operand = random.choice(operands)
+            operand @ operand
+        same(run(op, call), first)
+
+
 def requested(function):
     """What a call returned, and the bytes it asked for at its peak beside what was there before."""
     torch.cuda.synchronize()
@@ -54,7 +69,9 @@ def test_training_attention_keeps_output_and_log_sum_exp_and_allocates_one_gradi
     assert peak == out.nbytes + 4 * batch * heads * tokens
     grad = torch.ones_like(out)
     (gradient,), peak = requested(lambda: torch.autograd.grad(out, qkv, grad))
-    assert peak == gradient.nbytes == qkv.nbytes
+    assert gradient.nbytes == qkv.nbytes
+    # In two launches the first leaves 16 bytes a query for the second.
+    assert peak in (gradient.nbytes, gradient.nbytes + 16 * batch * heads * tokens)
 
 
 @of_the_allocator
