@@ -23,7 +23,7 @@ def test_a_hundred_runs_give_the_same_bits(op, full, gpu):
         same(run(op, call), first)
 
 
-# Triton 3.6 and 3.8 may let one group of warps overwrite what another's product still reads, if it runs ahead.
+# Triton 3.6 and 3.8 may let one group of warps overwrite what the product of another still reads.
 @pytest.mark.needs(runtime=True)
 @pytest.mark.parametrize("op", [op for op in OPS if op not in NATIVE])
 def test_a_thousand_runs_beside_others_give_the_same_bits(op, gpu):
