@@ -24,24 +24,13 @@ CALIBRATION = 1.7, 2.1
 REGISTERS, SHARED, WARPS, CTAS = 65536, 233472, 64, 32
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA's
 MUFU = ("MUFU", "I2F", "F2I", "F2F")
+# fmt: off
 ALU = (
-    *(
-        "FMNMX",
-        "F2FP",
-        "LEA",
-        "FSETP",
-        "FSEL",
-        "PLOP3",
-        "LOP3",
-        "MOV",
-        "VIADD",
-        "ISETP",
-        "PRMT",
-        "SHF",
-        "IADD3",
-    ),
-    *("SEL", "P2R", "R2P", "IABS", "IMNMX", "VIMNMX", "FCHK", "LOP", "POPC", "BREV", "VOTE"),
+    "FMNMX", "F2FP", "LEA", "FSETP", "FSEL", "PLOP3", "LOP3", "MOV", "VIADD", "ISETP", "PRMT",
+    "SHF", "IADD3", "SEL", "P2R", "R2P", "IABS", "IMNMX", "VIMNMX", "FCHK", "LOP", "POPC", "BREV",
+    "VOTE",
 )
+# fmt: on
 SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
 HMMA = re.compile(r"^HMMA\.16(8)(16|8|4)\b")
 
