@@ -3,6 +3,9 @@
 Importing it imports torch and nothing heavier: no triton, no CUDA, no compiled extension.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from . import ops
 from .accelerate import accelerate, fold_normalize, register_hf, restore
 from .backends import use_backend
@@ -16,12 +19,15 @@ from .errors import (
     FastvitError,
     ParityError,
 )
-from .explanation import Explanation, explain
 from .graphed import graphed
-from .tuning import Tuning, tune
 from .variants import create_model, list_models
-from .verification import verify
 from .vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from .accelerate.timm_vit import Block as TimmBlock
+    from .explanation import Explanation, explain
+    from .tuning import Tuning, tune
+    from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -52,10 +58,23 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # timm is imported only by who uses it: timm.create_model(..., block_fn=fastvit.TimmBlock).
-    if name == "TimmBlock":
-        from .accelerate.timm_vit import Block
+# Imported by who uses them: timm is heavy, and a worker's start needs none of the tools.
+_ON_REQUEST = {
+    "TimmBlock": ("accelerate.timm_vit", "Block"),
+    "Explanation": ("explanation", "Explanation"),
+    "explain": ("explanation", "explain"),
+    "Tuning": ("tuning", "Tuning"),
+    "tune": ("tuning", "tune"),
+    "verify": ("verification", "verify"),
+}
 
-        return Block
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str):
+    if name not in _ON_REQUEST:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _ON_REQUEST[name]
+    return getattr(import_module(f".{module}", __name__), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_REQUEST})

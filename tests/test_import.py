@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # Of what torch's own import takes here: machines differ by half.
-SHARE = 0.09
+SHARE = 0.04
 
 
 def python(code, *options):
@@ -31,7 +31,14 @@ assert x.grad.shape == x.shape
 
 
 def test_prints_nothing_and_starts_nothing():
-    heavy = {"triton", "fastvit_kernels", "fastvit._C"}
+    heavy = {
+        "triton",
+        "fastvit_kernels",
+        "fastvit._C",
+        "fastvit.verification",
+        "fastvit.tuning",
+        "fastvit.explanation",
+    }
     assert python(f"{FORBID_CUDA}\nimport sys, fastvit\nprint({heavy} & set(sys.modules))") == "set()\n"
 
 
@@ -52,9 +59,12 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_costs_little_over_torch():
-    # Processor time, and a median: other workers share the machine.
+    # Processor time, and a median: other workers share the machine, and the first run may compile our sources,
+    # which a machine that keeps no bytecode would do each time, for ours and not for torch's.
     code = """
+import sys
 from time import process_time
+sys.dont_write_bytecode = False
 begin = process_time()
 import torch
 between = process_time()

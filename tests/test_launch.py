@@ -66,7 +66,7 @@ def test_a_launch_gives_the_kernel_everything_on_its_tensors_device():
     guard.return_value.__enter__.assert_called_once_with()
     kernel.__getitem__.assert_called_once_with((7,))
     kernel.__getitem__.return_value.assert_called_once_with(
-        none=None, x=x, n=3, BLOCK=16, num_warps=8, num_stages=3, enable_fp_fusion=True
+        none=None, x=x, n=3, BLOCK=16, num_warps=8, num_stages=3, enable_fp_fusion=True, launch_pdl=False
     )
 
 
