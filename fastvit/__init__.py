@@ -24,7 +24,6 @@ from .variants import create_model, list_models
 from .vit import VisionTransformer
 
 if TYPE_CHECKING:
-    from .accelerate.timm_vit import Block as TimmBlock
     from .explanation import Explanation, explain
     from .tuning import Tuning, tune
     from .verification import verify

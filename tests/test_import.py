@@ -59,8 +59,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_costs_little_over_torch():
-    # Processor time, and a median: other workers share the machine, and the first run may compile our sources,
-    # which a machine that keeps no bytecode would do each time, for ours and not for torch's.
+    # Processor time, and a median: other workers share the machine. The first run may compile our sources,
+    # which a machine that keeps no bytecode did each time, for ours and not for torch's.
     code = """
 import sys
 from time import process_time
