@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 ROUNDS, CALLS = 300, 20
 MODEL = "vit_tiny_patch16_224"
+BLOCKS = ("block", "block, frozen weights")
 BACKENDS = {
     "attention": "triton",
     "patch_embed": "triton",
@@ -246,14 +247,37 @@ def _launches(qkv: Tensor, heads: int) -> dict[str, tuple[Callable[[], Any], Non
     }
 
 
+@contextmanager
+def by_tables() -> Iterator[None]:
+    """Inside ``stubbed`` no backend is named: what is, tables chose, as users have it."""
+    from fastvit import backends, frames
+
+    resolve, named = backends.resolve, frames.stack.copy()
+
+    def chosen(op: str, *args: Any, **kwargs: Any) -> str:
+        with backends.use_backend(**BACKENDS):
+            return resolve(op, *args, **kwargs)
+
+    frames.stack.clear()
+    try:
+        with mock.patch.object(backends, "resolve", chosen):
+            yield
+    finally:
+        frames.stack[:] = named
+
+
 def rows(rounds: int = ROUNDS) -> list[Row]:
     """The table: each part's microseconds."""
     parts = setting()
+
+    def timed(name: str, ours: Callable[[], Any], timm: Callable[[], Any] | None) -> Row:
+        return Row(name, least(ours, rounds), None if timm is None else least(timm, rounds))
+
     with torch.no_grad(), stubbed(parts):
-        found = [
-            Row(name, least(ours, rounds), None if timm is None else least(timm, rounds))
-            for name, (ours, timm) in providers(parts).items()
-        ]
+        provided = providers(parts)
+        with by_tables():
+            found = [timed(f"{name}, by `auto`", *provided[name]) for name in BLOCKS]
+        found += [timed(name, *calls) for name, calls in provided.items()]
     return found
 
 

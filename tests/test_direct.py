@@ -10,8 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
-from fastvit import backends, gpus, recording
+from fastvit import backends, gpus, measurements, recording, triton_backend
 from fastvit.layers import direct
+from fastvit.layers.block import Block
+from fastvit.ops import native
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,36 @@ def test_the_second_call_asks_nothing_and_gives_the_same_numbers(resolved, how, 
     torch.testing.assert_close(second, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_under_autocast(quick, resolved, mode, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_machine", lambda tensor: None)  # no interpreter: torch in its place
+    made, x = block(mode, init_values=0.5), tokens(2)
+    with torch.no_grad(), fastvit.use_backend(**KERNELS):
+        outside = [made(x) for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = ordinary(lambda: made(x))
+            first, before = made(x), resolved.call_count
+            assert torch.equal(made(x), first)
+            assert torch.equal(first, expected)
+            assert resolved.call_count == before
+        assert torch.equal(made(x), outside[0])
+    assert not torch.equal(first, outside[0])
+    torch.testing.assert_close(first, outside[0], rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"init_values": 0.5, "qk_norm": True}], ids=lambda how: "+".join(how) or "plain"
+)
+def test_fastvits_own_block(resolved, how):
+    made, x = Block(DIM, 2, **how).eval(), tokens(2)
+    with torch.no_grad(), fastvit.use_backend(**KERNELS):
+        expected = ordinary(lambda: made(x))
+        first, before = made(x), resolved.call_count
+        assert torch.equal(made(x), first)
+        assert torch.equal(first, expected)
+    assert resolved.call_count == before
+
+
 class Looking(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})
@@ -83,8 +115,24 @@ STATES = {
     "another backend": lambda: fastvit.use_backend("reference"),
     "another for one op": lambda: fastvit.use_backend(linear_residual="reference"),
     "a recorder": recording.recording,
+    "another word than the tables'": lambda: native.folding(False),
     "a dispatch mode": Seeing,
 }
+
+
+def test_tables_are_asked_once(quick):
+    made, x = block("inference"), tokens()
+    with torch.no_grad(), fastvit.use_backend(**KERNELS):
+        for _ in range(2):
+            made(x)
+        with (
+            mock.patch.object(native, "_is_chosen", side_effect=AssertionError),
+            mock.patch.object(native, "product", side_effect=AssertionError),
+        ):
+            made(x)
+        measurements.clear()
+        with mock.patch.object(backends, "resolve", side_effect=LookupError), pytest.raises(LookupError):
+            made(x)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -245,4 +293,5 @@ def test_projections_that_lie_apart(quick, resolved, mode):
         second = made(x).last_hidden_state
         assert [call.args[0] for call in resolved.call_args_list[before:]] == ["patch_embed"]
     assert torch.equal(first, second)
-    assert [*direct._known.values()] == [True]
+    assert len(direct._known) == 1
+    assert None not in direct._known.values()

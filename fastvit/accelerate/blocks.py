@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..layers import direct
-from ..layers.halves import AttentionHalf, MlpHalf, run_attention, run_mlp
+from ..layers.halves import AttentionHalf, MlpHalf
 from ..layers.plain import Unfused, raise_if_unfused, ran_its_own_forward
 from ..layers.regularization import drops
 from ..layers.settings import Settings
@@ -42,8 +42,5 @@ class FusedBlock(Replacement):
                     served = True  # it draws numbers, which is no question
                 with settings.context():
                     if served or ask(self, x, lambda: mlp(attention(x, **options))):
-                        return direct.run(
-                            *(x, attention, mlp, options, settings),
-                            lambda: run_mlp(run_attention(x, attention, settings, **options), mlp, settings),
-                        )
+                        return direct.run(x, attention, mlp, options, settings)
         return library_class(kind).forward(self, x, *args, **kwargs)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from . import direct
 from .attention import ATTENTIONS, Attention, between_projections
 from .halves import AttentionHalf, Branch, MlpHalf, run_attention, run_mlp
 from .mlp import MLPS, Mlp
@@ -92,7 +93,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, D] to [B, N, D]; attn_mask as torch's scaled_dot_product_attention takes it."""
-        return self._mlp_half(self._attention_half(x, attn_mask, is_causal))
+        settings = Settings.of(self)
+        try:
+            raise_if_unfused()
+            attention, mlp = attention_half(self, settings.frozen), mlp_half(self, settings.frozen)
+        except Unfused:  # one half may run fused all the same
+            return self._mlp_half(self._attention_half(x, attn_mask, is_causal))
+        options = {"attn_mask": attn_mask, "is_causal": is_causal}
+        with settings.context():
+            return direct.run(x, attention, mlp, options, settings)
 
     def _attention_half(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         settings = Settings.of(self)

@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 
 from .. import asking, frames, gpus, measurements, recording
 from ..ops import direct as ops
+from ..ops import native
 from .attention import BetweenProjections
-from .halves import AttentionHalf, MlpHalf
+from .halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from .regularization import drops
 from .settings import Settings
 
@@ -29,8 +30,9 @@ KERNELS = {
 }
 # Of options that are not given: by id, as a tensor is not to be asked what it equals.
 _NONE = frozenset((id(None), id(False)))
-# Whether all ops of such a call ran on kernels.
-_known: dict[tuple, bool] = {}
+_UNKNOWN = object()
+# What the ops decided of such calls, or None if not all of them ran on kernels.
+_known: dict[tuple, ops.Decided | None] = {}
 
 
 def run(
@@ -39,38 +41,45 @@ def run(
     mlp: MlpHalf | Callable[[Tensor], Tensor],
     options: dict[str, Any],
     settings: Settings,
-    ordinary: Callable[[], Tensor],
 ) -> Tensor:
-    """Both halves on x [B, N, D]: as ``ordinary`` runs them, or past its decisions where they are known.
+    """Both halves on x [B, N, D], past the ops' decisions where those are known.
 
-    ``options`` go to the attention half; a kind of call is known once ``ordinary`` has run it.
+    ``options`` go to the attention half; a kind of call is known once it has run.
     """
+
+    def ordinary() -> Tensor:
+        return run_mlp(run_attention(x, attention, settings, **options), mlp, settings)
+
     key = _kind(x, attention, mlp, options, settings)
     if key is None:
         return ordinary()
-    if (direct := _known.get(key)) is None:
+    decided = _known.get(key, _UNKNOWN)
+    if decided is _UNKNOWN:
         with recording.recording() as recorder:
             out = ordinary()
         seen = [(event.op, event.backend) for event in recorder.events]
         if len(_known) >= MOST:
             _known.clear()
-        _known[key] = [op for op, _ in seen] == [*KERNELS] and all(name in KERNELS[op] for op, name in seen)
+        served = [op for op, _ in seen] == [*KERNELS] and all(name in KERNELS[op] for op, name in seen)
+        _known[key] = {} if served else None
         return out
-    return _direct(x, attention, mlp) if direct else ordinary()
+    return ordinary() if decided is None else _direct(x, attention, mlp, decided)
 
 
-def _direct(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
+def _direct(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, decided: ops.Decided) -> Tensor:
     norm, between, branch = attention.norm, attention.attend, attention.branch
     with torch._C._AutoDispatchBelowAutograd():
         packed = ops.layer_norm_linear(
             *(x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias),
-            *(norm.eps, norm.norm, branch.frozen),
+            *(norm.eps, norm.norm, branch.frozen, decided),
         )
         tokens = ops.attention(packed, between.num_heads, between.scale, between.qk_norm)
         weights = attention.proj_weight, attention.proj_bias
-        x, moments = ops.linear_residual(tokens, *weights, x, branch.layer_scale, branch.frozen)
+        ending = branch.layer_scale, branch.frozen, decided
+        x, moments = ops.linear_residual(tokens, *weights, x, *ending)
         branch = mlp.branch
-        return ops.layer_norm_mlp(x, mlp.arguments, branch.layer_scale, branch.frozen, moments)
+        ending = branch.layer_scale, branch.frozen, moments, decided
+        return ops.layer_norm_mlp(x, mlp.arguments, *ending)
 
 
 def _kind(
@@ -84,11 +93,11 @@ def _kind(
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
         or recording.active
         or asking.is_asking()
         or gpus.is_assumed()
         or measurements.are_listened_to()
+        or native.is_told()
     ):
         return None
     between, branch = attention.attend, attention.branch
@@ -112,7 +121,10 @@ def _kind(
         return None
     if between.qk_norm is not None and not _add(key, between.qk_norm.values()):
         return None
-    if x.is_cuda and x.dtype == torch.float32:
+    if torch._C._is_any_autocast_enabled():
+        kind = x.device.type
+        key += (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    if x.is_cuda:
         key.append(torch._C._get_fp32_precision_getter("cuda", "matmul"))
     return tuple(key)
 

@@ -7,6 +7,9 @@ q, k and v are views [B, N, H, d] with any strides; ``qk_norm`` is "" for none. 
 if torch's own op would use it, which is looked up at each call. The kernels load at the first one.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -52,15 +55,22 @@ def attention(
 
 def packed(qkv: Tensor, num_heads: int, scale: float | None, norms: dict) -> Tensor:
     """The kernel's forward of qkv in its own dtype, in the op's place: no gradients, nobody looks on."""
-    from fastvit_kernels import attention as kernels
-    from fastvit_kernels.attention_options import Options
-
+    kernels, options_of = _kernels()
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
     precise = qkv.dtype != torch.float32 or not tf32("attention")
-    options = Options(scale, precision="ieee" if precise else "tf32", **norms)
+    options = options_of(scale, precision="ieee" if precise else "tf32", **norms)
     return kernels.attention_packed(qkv, num_heads, options)
+
+
+@cache
+def _kernels() -> tuple[Any, type]:
+    """An import statement takes a microsecond each time."""
+    from fastvit_kernels import attention
+    from fastvit_kernels.attention_options import Options
+
+    return attention, Options
 
 
 def attention_of_views(

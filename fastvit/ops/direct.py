@@ -1,8 +1,20 @@
-"""The ops' kernels, where everything was decided before: no gradients, no casts, nobody looks on."""
+"""The ops' kernels, where everything was decided before: no gradients, and nobody looks on.
+
+``decided`` is what the calls of one kind have decided, by op; the first of them notes it.
+"""
 
 from torch import Tensor
 
-from . import layer_norm_linear_native, layer_norm_mlp_native, linear_residual_native, native
+from ..call_facts import compute_dtype
+from . import (
+    attention_triton,
+    layer_norm_linear_native,
+    layer_norm_mlp_native,
+    linear_residual_native,
+    native,
+)
+
+Decided = dict[str, native.How]
 
 
 def layer_norm_linear(
@@ -14,21 +26,23 @@ def layer_norm_linear(
     eps: float,
     norm: str,
     frozen: bool,
+    decided: Decided,
 ) -> Tensor:
     """That of the compiled libraries."""
+    op = layer_norm_linear_native
     if isinstance(weight, Tensor):
         weights, biases = [weight], [] if bias is None else [bias]
     else:
-        weights, biases = weight, layer_norm_linear_native.given_biases(weight, bias)
+        weights, biases = list(weight), op.given_biases(weight, bias)
+    if (how := decided.get(op.OP)) is None:
+        how = decided[op.OP] = op.decided(x, weights, biases, compute_dtype(weights[0]), frozen)
     inputs = (x, norm_weight, norm_bias, weights, biases)
-    return layer_norm_linear_native._fwd_kernels(*inputs, eps, norm, weights[0].dtype, False, frozen)[0]
+    return op.forward(*inputs, eps, norm, False, frozen, None, how)[0]
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float | None, qk_norm: dict | None) -> Tensor:
     """That of the Triton kernels, on packed qkv [B, N, 3 * H * d], with norms of q and k at most."""
-    from .attention_triton import packed
-
-    return packed(qkv, num_heads, scale, qk_norm or {})
+    return attention_triton.packed(qkv, num_heads, scale, qk_norm or {})
 
 
 def linear_residual(
@@ -38,20 +52,31 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None,
     frozen: bool,
+    decided: Decided,
 ) -> tuple[Tensor, Tensor | None]:
     """That of the compiled libraries, and the moments of the result where they are worth it."""
+    op = linear_residual_native
+    if (how := decided.get(op.OP)) is None:
+        dtype = compute_dtype(weight)
+        with_moments = frozen and native.gives_moments(op.OP, residual, x.shape[-1], dtype)
+        how = op.decided(x, weight, bias, layer_scale, dtype, frozen)
+        how = decided[op.OP] = how._replace(with_moments=with_moments)
     inputs = (x, weight, bias, residual, layer_scale, None)
-    op, dtype = linear_residual_native.OP, weight.dtype
-    with_moments = frozen and native.gives_moments(op, residual, x.shape[-1], dtype)
-    out, moments = linear_residual_native._fwd_kernels(*inputs, dtype, frozen, False, with_moments)
+    out, moments = op.forward(*inputs, frozen, False, how)
     return out, moments[0] if moments else None
 
 
 def layer_norm_mlp(
-    x: Tensor, arguments: dict, layer_scale: Tensor | None, frozen: bool, moments: Tensor | None
+    x: Tensor,
+    arguments: dict,
+    layer_scale: Tensor | None,
+    frozen: bool,
+    moments: Tensor | None,
+    decided: Decided,
 ) -> Tensor:
     """That of the compiled libraries; ``arguments`` are the public op's."""
-    inputs = layer_norm_mlp_native.Inputs(
+    op = layer_norm_mlp_native
+    inputs = op.Inputs(
         x,
         arguments["norm_weight"],
         arguments["norm_bias"],
@@ -67,5 +92,9 @@ def layer_norm_mlp(
         None,
     )
     eps, activation, norm = arguments["eps"], arguments["activation"], arguments["norm"]
-    how = (eps, activation, norm, inputs.fc1_weight.dtype, frozen, False, moments)
-    return layer_norm_mlp_native._fwd_kernels(*inputs, *how)[0]
+    how = decided.get(op.OP)
+    dtype = compute_dtype(inputs.fc1_weight) if how is None else how.dtype
+    options = op.Options(eps, activation, norm, dtype, frozen, False, moments)
+    if how is None:
+        how = decided[op.OP] = op.decided(inputs, options)
+    return op.forward(inputs, options, how)[0]

@@ -1,11 +1,15 @@
 """layer_norm_linear in the compiled libraries: the registered ops, their shapes, and their gradients."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from ..call_facts import compute_dtype, needs_gradient
 from . import native, registration
 
+OP = "layer_norm_linear"
 # Biases are none, or one of each weight: torch.jit.trace has no lists of tensors that may be absent.
 INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] biases"
 
@@ -67,13 +71,28 @@ class _LayerNormLinear(Function):
         return *[next(given) if needed else None for needed in needs], None, None
 
 
+def decided(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, frozen: bool
+) -> native.How:
+    """How a forward call on x [B, N, K] runs."""
+    lies = native.as_they_lie(x, weights, biases, None, dtype, frozen)
+    return native.How(dtype, lies, native.allows_tf32(x), frozen and native.folds(OP, x, weights, dtype))
+
+
+def forward(
+    x, norm_weight, norm_bias, weights, biases, eps, norm, save, frozen, moments, how: native.How
+) -> tuple[Tensor, list[Tensor]]:
+    """The registered op in the libraries, as was decided."""
+    folded = native.folded(norm_weight, norm_bias, weights, biases, how.dtype) if how.folds else []
+    if not how.as_they_lie:
+        weights, biases, _ = native.product(x, weights, biases, None, how.dtype, frozen)
+    given = (x, norm_weight, norm_bias, weights, biases, eps, norm, folded, moments, save)
+    return native.ops.layer_norm_linear_fwd(*given, how.tf32)
+
+
 def _fwd_kernels(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen, moments=None):
-    folded = []
-    if frozen and native.folds("layer_norm_linear", x, weights, dtype):
-        folded = native.folded(norm_weight, norm_bias, weights, biases, dtype)
-    product = native.product(x, weights, biases, None, dtype, frozen)
-    given = (x, norm_weight, norm_bias, product.weights, product.biases, eps, norm, folded, moments, save)
-    return native.ops.layer_norm_linear_fwd(*given, native.allows_tf32(x))
+    how = decided(x, weights, biases, dtype, frozen)
+    return forward(x, norm_weight, norm_bias, weights, biases, eps, norm, save, frozen, moments, how)
 
 
 def _fwd_shapes(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, save, frozen, moments=None):

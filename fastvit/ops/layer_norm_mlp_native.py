@@ -7,6 +7,7 @@ Saved are the norms' statistics, what entered the activation and, beside LayerSc
 computed again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,28 +114,52 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
     return [tensor for name, tensor in inputs._asdict().items() if name not in NOT_READ]
 
 
+def decided(inputs: Inputs, options: Options) -> native.How:
+    """How a forward call runs."""
+    x, dtype, frozen = inputs.x, options.dtype, options.frozen
+    weights = (inputs.fc1_weight,)
+    folds = frozen and options.activation != "swiglu" and native.folds(OP, x, weights, dtype)
+    return native.How(
+        dtype,
+        all(native.as_they_lie(x, *product, dtype, frozen) for product in _products(inputs)),
+        native.allows_tf32(x),
+        folds,
+        native.fuses(x, inputs.fc1_weight, dtype, "fwd"),
+        options.with_moments,
+    )
+
+
+def _products(inputs: Inputs) -> list[tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]]:
+    """Weights, biases and LayerScale of fc1 and fc2, and of the gate if it has its own."""
+    layers = [
+        (inputs.fc1_weight, inputs.fc1_bias, None),
+        (inputs.fc2_weight, inputs.fc2_bias, inputs.layer_scale),
+        (inputs.gate_weight, inputs.gate_bias, None),
+    ]
+    given = [layer for layer in layers if layer[0] is not None]
+    return [((weight,), () if bias is None else (bias,), scale) for weight, bias, scale in given]
+
+
+def forward(inputs: Inputs, options: Options, how: native.How) -> tuple[Tensor, list[Tensor]]:
+    """The registered op in the libraries, as was decided."""
+    eps, activation, norm, dtype, frozen, save, moments, _ = options
+    folded = []
+    if how.folds:
+        weights, biases, _ = _products(inputs)[0]
+        folded = native.folded(inputs.norm_weight, inputs.norm_bias, weights, biases, dtype)
+    given = inputs
+    if not how.as_they_lie:
+        read = [native.product(inputs.x, *product, dtype, frozen) for product in _products(inputs)]
+        products = [part for product in read for part in (product.weights[0], product.bias)]
+        products += [None] * (6 - len(products))
+        given = (*inputs[:3], *products, *inputs[9:11], read[1].layer_scale, inputs.sample_scale)
+    given = (*given, eps, activation, norm, folded, moments, save, how.with_moments)
+    return native.ops.layer_norm_mlp_fwd(*given, how.fuses, how.tf32)
+
+
 def _fwd_kernels(*arguments):
     inputs, options = Inputs(*arguments[:13]), Options(*arguments[13:])
-    eps, activation, norm, dtype, frozen, save, moments, with_moments = options
-    x, norm_weight, norm_bias, *layers, gate_weight, gate_bias, _, _, layer_scale, _ = inputs
-    fc1 = _product(x, *layers[:2], None, dtype, frozen)
-    fc2 = _product(x, *layers[2:], layer_scale, dtype, frozen)
-    products = [fc1.weights[0], fc1.bias, fc2.weights[0], fc2.bias, None, None]
-    if gate_weight is not None:
-        gate = _product(x, gate_weight, gate_bias, None, dtype, frozen)
-        products[4:] = gate.weights[0], gate.bias
-    ready = (x, norm_weight, norm_bias, *products, *inputs[9:11], fc2.layer_scale, inputs.sample_scale)
-    folded, weights = [], (inputs.fc1_weight,)
-    if frozen and activation != "swiglu" and native.folds(OP, inputs.x, weights, dtype):
-        biases = () if inputs.fc1_bias is None else (inputs.fc1_bias,)
-        folded = native.folded(inputs.norm_weight, inputs.norm_bias, weights, biases, dtype)
-    how = native.fuses(inputs.x, inputs.fc1_weight, dtype, "fwd"), native.allows_tf32(inputs.x)
-    given = (*ready, eps, activation, norm, folded, moments, save, with_moments)
-    return native.ops.layer_norm_mlp_fwd(*given, *how)
-
-
-def _product(x, weight, bias, layer_scale, dtype, frozen) -> native.Product:
-    return native.product(x, (weight,), () if bias is None else (bias,), layer_scale, dtype, frozen)
+    return forward(inputs, options, decided(inputs, options))
 
 
 def _fwd_shapes(*arguments):

@@ -1,5 +1,6 @@
 """linear_residual in the compiled libraries: the registered ops, their shapes, and their gradients."""
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -58,14 +59,37 @@ class _LinearResidual(Function):
         return dx, dweight, dbias, grad if residual_needed else None, dscale, None
 
 
+def decided(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    dtype: torch.dtype,
+    frozen: bool,
+) -> native.How:
+    """How a forward call on x [B, N, K] runs, but for moments."""
+    biases = () if bias is None else (bias,)
+    lies = native.as_they_lie(x, (weight,), biases, layer_scale, dtype, frozen)
+    return native.How(dtype, lies, native.allows_tf32(x))
+
+
+def forward(
+    x, weight, bias, residual, layer_scale, sample_scale, frozen, save, how: native.How
+) -> tuple[Tensor, list[Tensor]]:
+    """The registered op in the libraries, as was decided."""
+    if not how.as_they_lie:
+        biases = () if bias is None else (bias,)
+        read = native.product(x, (weight,), biases, layer_scale, how.dtype, frozen)
+        weight, bias, layer_scale = read.weights[0], read.bias, read.layer_scale
+    given = (x, weight, bias, residual, layer_scale, sample_scale, save)
+    return native.ops.linear_residual_fwd(*given, how.with_moments, how.tf32)
+
+
 def _fwd_kernels(
     x, weight, bias, residual, layer_scale, sample_scale, dtype, frozen, save, with_moments=False
 ):
-    read = native.product(x, (weight,), () if bias is None else (bias,), layer_scale, dtype, frozen)
-    return native.ops.linear_residual_fwd(
-        *(x, read.weights[0], read.bias, residual, read.layer_scale, sample_scale, save, with_moments),
-        native.allows_tf32(x),
-    )
+    how = decided(x, weight, bias, layer_scale, dtype, frozen)._replace(with_moments=with_moments)
+    return forward(x, weight, bias, residual, layer_scale, sample_scale, frozen, save, how)
 
 
 def _fwd_shapes(

@@ -72,6 +72,34 @@ class Product(NamedTuple):
         return self.biases[0] if self.biases else None
 
 
+class How(NamedTuple):
+    """What an op decides of a forward call, by metadata, torch's settings and the tables alone.
+
+    ``dtype``: of its products. ``as_they_lie``: its weights are read where they lie, with neither a copy nor
+    a cast. The others are what ``folds``, ``fuses``, ``gives_moments`` and ``allows_tf32`` say of the call.
+    """
+
+    dtype: torch.dtype
+    as_they_lie: bool
+    tf32: bool
+    folds: bool = False
+    fuses: bool = False
+    with_moments: bool = False
+
+
+def as_they_lie(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    frozen: bool,
+) -> bool:
+    """Whether ``product`` makes and keeps no tensor, for all calls with such metadata."""
+    of_one_dtype = all(tensor.dtype == dtype for tensor in (*weights, *biases))
+    return of_one_dtype and not (frozen and _is_copied(x, weights, scale, dtype))
+
+
 def product(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -85,11 +113,18 @@ def product(
     Of frozen weights a copy is kept: one below the other, cast, LayerScale multiplied in, and on a CPU
     packed, by oneDNN or in panels. Others are read where they lie, and cast at each call where they must be.
     """
-    if frozen:
+    if frozen and _is_copied(x, weights, scale, dtype):
         copy = _frozen_product(x, weights, biases, scale, dtype)
         if copy is not None:
             return copy
     return Product(_cast(weights, dtype), _cast(biases, dtype), scale)
+
+
+def _is_copied(x: Tensor, weights: Sequence[Tensor], scale: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether what a frozen product reads is anything but the weight itself."""
+    if scale is not None or len(weights) > 1 or weights[0].dtype != dtype:
+        return True
+    return _packing(x, weights, dtype) is not None
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -104,8 +139,6 @@ def _frozen_product(
     dtype: torch.dtype,
 ) -> Product | None:
     packs = _packing(x, weights, dtype)
-    if packs is None and scale is None and len(weights) == 1 and weights[0].dtype == dtype:
-        return None  # it would be the weight itself
     bias = joined(biases) if biases else None
 
     def prepared() -> tuple[Tensor, Tensor | None]:
@@ -179,6 +212,11 @@ def _packing(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Callab
 def panels(weight: Tensor) -> Tensor:
     """A weight [D, K] in panels [D / 16, K, 16], as csrc/panels.h reads them."""
     return weight.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def is_told() -> bool:
+    """Inside ``fusing``, ``folding`` or ``giving_moments``, which answer in the place of the tables."""
+    return any(_decided.values())
 
 
 def allows_tf32(x: Tensor) -> bool:
