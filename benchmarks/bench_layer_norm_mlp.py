@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops import native
+from fastvit.ops import choices
 
 from . import halves
 from .op_bench import Inputs, Provider, Results, differentiated
@@ -79,9 +79,9 @@ def with_fc1(provider: Provider, fused: bool, folded: bool = False) -> Provider:
     """
 
     def prepare(case: LayerNormMlp, inputs: Inputs) -> Callable[[], Results]:
-        with native.fusing(fused), native.folding(folded):
+        with choices.fusing(fused), choices.folding(folded):
             run = provider(case, inputs)
-        return native.folding(folded)(native.fusing(fused)(run))
+        return choices.folding(folded)(choices.fusing(fused)(run))
 
     return prepare
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastvit import ops, use_backend
-from fastvit.ops import native
+from fastvit.ops import choices
 
 from .bench_layer_norm_mlp import LayerNormMlp
 from .bench_linear_residual import LinearResidual
@@ -33,7 +33,7 @@ def handing_on(on: bool) -> Provider:
     def forward(
         x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor, **mlp: Tensor
     ) -> Tensor:
-        with use_backend("cuda"), native.fusing(True), native.folding(True), native.giving_moments(on):
+        with use_backend("cuda"), choices.fusing(True), choices.folding(True), choices.giving_moments(on):
             scaled = {"layer_scale": layer_scale, "frozen": True}
             tokens, moments = ops.linear_residual(x, weight, bias, residual, **scaled, with_moments=True)
             return ops.layer_norm_mlp(tokens, **mlp, moments=moments, frozen=True)

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from direct_blocks import DIM, KERNELS, TOKENS, block, kernels_by_torch, ordinary, tokens
+from direct_blocks import DIM, KERNELS, block, kernels_by_torch, ordinary, tokens
 from timm.layers import LayerNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +13,7 @@ import fastvit
 from fastvit import backends, gpus, measurements, recording, triton_backend
 from fastvit.layers import direct
 from fastvit.layers.block import Block
-from fastvit.ops import native
+from fastvit.ops import choices, native
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ STATES = {
     "another backend": lambda: fastvit.use_backend("reference"),
     "another for one op": lambda: fastvit.use_backend(linear_residual="reference"),
     "a recorder": recording.recording,
-    "another word than the tables'": lambda: native.folding(False),
+    "another word than the tables'": lambda: choices.folding(False),
     "a dispatch mode": Seeing,
 }
 
@@ -126,7 +126,7 @@ def test_tables_are_asked_once(quick):
         for _ in range(2):
             made(x)
         with (
-            mock.patch.object(native, "_is_chosen", side_effect=AssertionError),
+            mock.patch.object(choices, "_is_chosen", side_effect=AssertionError),
             mock.patch.object(native, "product", side_effect=AssertionError),
         ):
             made(x)
@@ -200,22 +200,6 @@ def test_tokens_of_another_shape_are_another_kind(quick, resolved):
             out = made(x)
             assert (resolved.call_count > before) == (x.shape != (3, 3, DIM) or x.stride(1) == DIM)
             assert torch.equal(out, ordinary(lambda x=x: made(x)))
-
-
-def test_masks_and_causal_attention_are_asked_for_each_time(quick, resolved):
-    made, x = block("train"), tokens()
-    mask = torch.eye(TOKENS, dtype=torch.bool)
-    with torch.no_grad(), fastvit.use_backend(**KERNELS):
-        made(x)
-        plain = made(x)
-        for _ in range(2):
-            before = resolved.call_count
-            out = made(x, attn_mask=mask)
-            assert resolved.call_count > before
-            assert not torch.equal(out, plain)
-        with pytest.raises(fastvit.BackendUnavailable, match="causal"):
-            made(x, is_causal=True)
-        assert torch.equal(made(x), plain)
 
 
 def test_stochastic_depth_at_work_is_drawn_by_the_ops(quick):

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastvit import measurements, native_backend
 from fastvit.contract import judge
-from fastvit.ops import native
+from fastvit.ops import choices
 
 HALF = (torch.float16, torch.bfloat16)
 # In the order of the C++ enumeration.
@@ -173,7 +173,7 @@ def test_it_is_used_only_where_it_was_measured_right_and_no_slower(gpu):
     x, weight, measured = gpu
 
     def fuses(direction, x=x, dtype=torch.bfloat16):
-        return native.fuses(x, weight, dtype, direction)
+        return choices.fuses(x, weight, dtype, direction)
 
     assert not fuses("fwd")
     measured({})
@@ -188,11 +188,11 @@ def test_it_is_used_only_where_it_was_measured_right_and_no_slower(gpu):
 
 def test_a_benchmark_decides_for_itself(gpu):
     x, weight, measured = gpu
-    with native.fusing(True):
-        assert native.fuses(x, weight, torch.bfloat16, "bwd")
-        with native.fusing(False):
-            assert not native.fuses(x, weight, torch.bfloat16, "bwd")
-        assert not native.fuses(torch.empty(1, 2, 768), torch.empty(8, 768), torch.float32, "fwd")
+    with choices.fusing(True):
+        assert choices.fuses(x, weight, torch.bfloat16, "bwd")
+        with choices.fusing(False):
+            assert not choices.fuses(x, weight, torch.bfloat16, "bwd")
+        assert not choices.fuses(torch.empty(1, 2, 768), torch.empty(8, 768), torch.float32, "fwd")
     measured({})
-    with native.fusing(False):
-        assert not native.fuses(x, weight, torch.bfloat16, "fwd")
+    with choices.fusing(False):
+        assert not choices.fuses(x, weight, torch.bfloat16, "fwd")

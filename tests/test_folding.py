@@ -14,7 +14,7 @@ from test_fc1 import ACTIVATIONS, HALF, activated, call, compiled, compiled_with
 
 from fastvit import ops, use_backend
 from fastvit.contract import gemm_libraries, judge
-from fastvit.ops import native
+from fastvit.ops import choices, native
 from fastvit.regimes import pairwise, regimes_of
 
 LINEAR, MLP = "layer_norm_linear", "layer_norm_mlp"
@@ -177,7 +177,7 @@ def test_it_is_used_only_where_it_was_measured_and_rows_are_in_half_precision(gp
     x, weight, measured = gpu
 
     def folds(op=MLP, x=x, dtype=BF16):
-        return native.folds(op, x, (weight,), dtype)
+        return choices.folds(op, x, (weight,), dtype)
 
     measured({})  # as fused, which says nothing of this
     assert not folds()
@@ -186,14 +186,14 @@ def test_it_is_used_only_where_it_was_measured_and_rows_are_in_half_precision(gp
     assert not folds(dtype=FP16)  # under autocast of another dtype
     assert not folds(x=x.float())
     assert not folds(LINEAR)
-    assert not native.fuses(x, weight, BF16, "fwd")
+    assert not choices.fuses(x, weight, BF16, "fwd")
     measured({"options": "folded", "ratio": 0.9})
     assert not folds()
-    with native.folding(True):
+    with choices.folding(True):
         assert folds(LINEAR)
         assert not folds(x=x.float(), dtype=torch.float32)
-        assert not native.folds(MLP, torch.empty(1, 2, 768, dtype=BF16), (weight,), BF16)
-        with native.folding(False):
+        assert not choices.folds(MLP, torch.empty(1, 2, 768, dtype=BF16), (weight,), BF16)
+        with choices.folding(False):
             assert not folds()
 
 
@@ -201,7 +201,7 @@ def test_it_is_used_only_where_it_was_measured_and_rows_are_in_half_precision(gp
 def asked(monkeypatch):
     """What the ops have folded, on the CPU's library, which has no kernel that takes it."""
     seen, folded = [], native.folded
-    monkeypatch.setattr(native, "folds", lambda *_: True)
+    monkeypatch.setattr(choices, "folds", lambda *_: True)
     monkeypatch.setattr(native, "folded", lambda *given: seen.append(folded(*given)) or seen[-1])
     with use_backend("cpp"):
         yield seen
@@ -214,7 +214,7 @@ def test_without_a_kernel_the_norm_is_one_of_its_own(op, asked):
     call, function = op_cases.build(op, dtype=torch.float32, tokens=50, **unscaled), getattr(ops, op)
     with torch.no_grad():
         found = function(**call, frozen=True)
-        native.folds = lambda *_: False  # until the fixture ends
+        choices.folds = lambda *_: False  # until the fixture ends
         assert torch.equal(found, function(**call, frozen=True))
     assert [len(folded) for folded in asked] == [3]
 

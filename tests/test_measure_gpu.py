@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fastvit import gpus, measurements
 from fastvit.backends import TABLE
-from fastvit.ops import native
+from fastvit.ops import choices
 from fastvit_benchmarks import op_bench
 from fastvit_benchmarks.attempts import Attempts
 from fastvit_benchmarks.machine import machine
@@ -221,7 +221,7 @@ def test_a_side_without_memory_is_no_measurement():
 
 
 def test_fused_is_asked_as_the_op_asks_it():
-    """Of two forms of the library, by the sizes that `native.fuses` names."""
+    """Of two forms of the library, by the sizes that `choices.fuses` names."""
     found = list(fused())
     assert {one.point.kind for one in found} == {
         ("layer_norm_mlp", dtype, direction, "fused")
@@ -236,7 +236,7 @@ def test_fused_is_asked_as_the_op_asks_it():
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), gpus.assume_arch("sm_90"):
         x, weight = (torch.empty(t.shape, device="cuda", dtype=t.dtype) for t in (x, weight))
         with measurements.listening() as questions:
-            native.fuses(x, weight, torch.bfloat16, "fwd")
+            choices.fuses(x, weight, torch.bfloat16, "fwd")
     (question,) = questions
     assert (question.op, question.dtype, *question.directions, question.options) == one.kind
     assert question.sizes == one.sizes
@@ -275,7 +275,7 @@ def test_folded_is_asked_as_the_op_asks_it(op, inner):
         )
         weight = torch.empty(one.sizes[inner], one.sizes["width"], device="cuda", dtype=torch.bfloat16)
         with measurements.listening() as questions:
-            native.folds(op, x, (weight,), torch.bfloat16)
+            choices.folds(op, x, (weight,), torch.bfloat16)
     (question,) = questions
     assert (question.op, question.dtype, *question.directions, question.options) == one.kind
     assert question.sizes == one.sizes

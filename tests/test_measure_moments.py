@@ -5,7 +5,7 @@ import torch
 from native_calls import needs_library
 
 from fastvit import gpus, measurements, use_backend
-from fastvit.ops import native
+from fastvit.ops import choices
 from fastvit_benchmarks import handed_on
 from fastvit_benchmarks.tables.gpu_questions import moments
 
@@ -19,7 +19,7 @@ def test_moments_are_asked_as_the_op_asks_it():
             one.sizes["rows"] // 197, 197, one.sizes["width"], device="cuda", dtype=torch.bfloat16
         )
         with measurements.listening() as questions:
-            native.gives_moments("linear_residual", x, one.sizes["in"], torch.bfloat16)
+            choices.gives_moments("linear_residual", x, one.sizes["in"], torch.bfloat16)
     (question,) = questions
     assert (question.op, question.dtype, *question.directions, question.options) == one.kind
     assert question.sizes == one.sizes

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastvit import accelerate, measurements, native_backend, ops, use_backend
 from fastvit.layers import Block, halves
-from fastvit.ops import native
+from fastvit.ops import choices, native
 from fastvit.regimes import regimes_of
 
 pytestmark = needs_library()
@@ -21,7 +21,7 @@ SIZES = {"batch": 3, "tokens": 27, "width": 136}
 
 @pytest.fixture(autouse=True)
 def _giving():
-    with use_backend("cpp"), native.giving_moments(True):
+    with use_backend("cpp"), choices.giving_moments(True):
         yield
 
 
@@ -122,7 +122,7 @@ def test_a_recorded_norm_takes_its_own(op):
 
 @pytest.mark.parametrize("op", GIVING)
 def test_there_are_none_unless_they_were_measured_to_be_worth_it(op):
-    with torch.no_grad(), native.giving_moments(False):
+    with torch.no_grad(), choices.giving_moments(False):
         assert getattr(ops, op)(**build(op), with_moments=True)[1] is None
     with torch.no_grad(), use_backend("reference"):
         assert getattr(ops, op)(**build(op), with_moments=True)[1] is None
@@ -133,19 +133,19 @@ def test_on_a_gpu_a_table_decides(op, monkeypatch):
     row = {"op": op, "gpu": "NVIDIA H100", "dtype": "bfloat16", "options": "moments", "ok": True}
     row |= {"width": 768, "rows": [1, 1576], "ratio": 1.1, "direction": "fwd"}
     monkeypatch.setattr(native_backend, "machine_name", lambda device: row["gpu"])
-    monkeypatch.setattr(native, "_decided", {"moments": []})
+    monkeypatch.setattr(choices, "_decided", {"moments": []})
     with FakeTensorMode():
         x = torch.empty(8, 197, 768, dtype=BF16, device="cuda")
 
     def chosen(**changes):
         key, parsed = measurements._parsed(row | changes)
         monkeypatch.setattr(measurements, "_tables", {key: (parsed,)})
-        return native.gives_moments(op, x, 768, BF16)
+        return choices.gives_moments(op, x, 768, BF16)
 
     assert chosen()
     for change in ({"ratio": 0.9}, {"ok": False}, {"options": "folded"}, {"width": 384}):
         assert not chosen(**change)
-    assert not native.gives_moments(op, torch.empty(8, 197, 768), 768, FP32)
+    assert not choices.gives_moments(op, torch.empty(8, 197, 768), 768, FP32)
 
 
 @pytest.mark.parametrize("op", GIVING)
@@ -189,7 +189,7 @@ def test_a_block_hands_them_to_its_mlp(handed, mode):
     model = frozen_blocks()
     with mode():
         out = model(X)
-        with native.giving_moments(False):
+        with choices.giving_moments(False):
             torch.testing.assert_close(out, model(X))
     assert [moments is not None for moments in handed] == [True, True, False, False]
 

@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from fastvit import ops, use_backend
-from fastvit.ops import native
+from fastvit.ops import choices
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 50, 192, 3
 HEAD = WIDTH // HEADS
@@ -67,7 +67,7 @@ def main(
 
         for title, op, call in calls(draw):
             backend = triton if op in ("attention", "patch_embed") else compiled
-            with use_backend(**{op: backend}), native.fusing(title == FUSED):
+            with use_backend(**{op: backend}), choices.fusing(title == FUSED):
                 with torch.no_grad():
                     call()
                 call().float().square().sum().backward()

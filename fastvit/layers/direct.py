@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import asking, frames, gpus, measurements, recording
+from ..ops import choices
 from ..ops import direct as ops
-from ..ops import native
 from .attention import BetweenProjections
 from .halves import AttentionHalf, MlpHalf, run_attention, run_mlp
 from .regularization import drops
@@ -28,8 +28,6 @@ KERNELS = {
     "linear_residual": ("cpp", "cuda"),
     "layer_norm_mlp": ("cpp", "cuda"),
 }
-# Of options that are not given: by id, as a tensor is not to be asked what it equals.
-_NONE = frozenset((id(None), id(False)))
 _UNKNOWN = object()
 # What the ops decided of such calls, or None if not all of them ran on kernels.
 _known: dict[tuple, ops.Decided | None] = {}
@@ -63,17 +61,19 @@ def run(
         served = [op for op, _ in seen] == [*KERNELS] and all(name in KERNELS[op] for op, name in seen)
         _known[key] = {} if served else None
         return out
-    return ordinary() if decided is None else _direct(x, attention, mlp, decided)
+    return ordinary() if decided is None else _direct(x, attention, mlp, options, decided)
 
 
-def _direct(x: Tensor, attention: AttentionHalf, mlp: MlpHalf, decided: ops.Decided) -> Tensor:
+def _direct(
+    x: Tensor, attention: AttentionHalf, mlp: MlpHalf, options: dict[str, Any], decided: ops.Decided
+) -> Tensor:
     norm, between, branch = attention.norm, attention.attend, attention.branch
     with torch._C._AutoDispatchBelowAutograd():
         packed = ops.layer_norm_linear(
             *(x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias),
             *(norm.eps, norm.norm, branch.frozen, decided),
         )
-        tokens = ops.attention(packed, between.num_heads, between.scale, between.qk_norm)
+        tokens = ops.attention(packed, between.num_heads, between.scale, between.qk_norm, options)
         weights = attention.proj_weight, attention.proj_bias
         ending = branch.layer_scale, branch.frozen, decided
         x, moments = ops.linear_residual(tokens, *weights, x, *ending)
@@ -97,7 +97,7 @@ def _kind(
         or asking.is_asking()
         or gpus.is_assumed()
         or measurements.are_listened_to()
-        or native.is_told()
+        or choices.is_told()
     ):
         return None
     between, branch = attention.attend, attention.branch
@@ -109,7 +109,6 @@ def _kind(
         or settings.reference_ops
         or drops(branch.drop_path)
         or drops(mlp.branch.drop_path)
-        or not _NONE.issuperset(map(id, options.values()))  # masks, rotary positions, causal attention
     ):
         return None
     norm, arguments = attention.norm, mlp.arguments
@@ -117,7 +116,8 @@ def _kind(
     key = [*state, between.num_heads, between.scale, norm.norm, branch.frozen, *arguments]
     tensors = (x, norm.weight, norm.bias, attention.qkv_weight, attention.qkv_bias)
     tensors += (attention.proj_weight, attention.proj_bias, branch.layer_scale, mlp.branch.layer_scale)
-    if not _add(key, tensors) or not _add(key, arguments.values()):
+    key += options
+    if not (_add(key, tensors) and _add(key, arguments.values()) and _add(key, options.values())):
         return None
     if between.qk_norm is not None and not _add(key, between.qk_norm.values()):
         return None

@@ -53,15 +53,15 @@ def attention(
     return registration.call(_fwd, *views, *values, False)[0]
 
 
-def packed(qkv: Tensor, num_heads: int, scale: float | None, norms: dict) -> Tensor:
+def packed(qkv: Tensor, num_heads: int, scale: float | None, options: dict) -> Tensor:
     """The kernel's forward of qkv in its own dtype, in the op's place: no gradients, nobody looks on."""
     kernels, options_of = _kernels()
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
     precise = qkv.dtype != torch.float32 or not tf32("attention")
-    options = options_of(scale, precision="ieee" if precise else "tf32", **norms)
-    return kernels.attention_packed(qkv, num_heads, options)
+    given = options_of(scale, precision="ieee" if precise else "tf32", **options)
+    return kernels.attention_packed(qkv, num_heads, given)
 
 
 @cache

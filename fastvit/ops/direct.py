@@ -8,13 +8,13 @@ from torch import Tensor
 from ..call_facts import compute_dtype
 from . import (
     attention_triton,
+    choices,
     layer_norm_linear_native,
     layer_norm_mlp_native,
     linear_residual_native,
-    native,
 )
 
-Decided = dict[str, native.How]
+Decided = dict[str, choices.How]
 
 
 def layer_norm_linear(
@@ -40,9 +40,12 @@ def layer_norm_linear(
     return op.forward(*inputs, eps, norm, False, frozen, None, how)[0]
 
 
-def attention(qkv: Tensor, num_heads: int, scale: float | None, qk_norm: dict | None) -> Tensor:
-    """That of the Triton kernels, on packed qkv [B, N, 3 * H * d], with norms of q and k at most."""
-    return attention_triton.packed(qkv, num_heads, scale, qk_norm or {})
+def attention(
+    qkv: Tensor, num_heads: int, scale: float | None, qk_norm: dict | None, options: dict
+) -> Tensor:
+    """That of the Triton kernels, on packed qkv [B, N, 3 * H * d]; none of them is for causal attention."""
+    given = {name: value for name, value in options.items() if value is not None and name != "is_causal"}
+    return attention_triton.packed(qkv, num_heads, scale, {**qk_norm, **given} if qk_norm else given)
 
 
 def linear_residual(
@@ -58,7 +61,7 @@ def linear_residual(
     op = linear_residual_native
     if (how := decided.get(op.OP)) is None:
         dtype = compute_dtype(weight)
-        with_moments = frozen and native.gives_moments(op.OP, residual, x.shape[-1], dtype)
+        with_moments = frozen and choices.gives_moments(op.OP, residual, x.shape[-1], dtype)
         how = op.decided(x, weight, bias, layer_scale, dtype, frozen)
         how = decided[op.OP] = how._replace(with_moments=with_moments)
     inputs = (x, weight, bias, residual, layer_scale, None)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..call_facts import compute_dtype, needs_gradient
-from . import native, registration
+from . import choices, native, registration
 
 OP = "layer_norm_linear"
 # Biases are none, or one of each weight: torch.jit.trace has no lists of tensors that may be absent.
@@ -73,14 +73,14 @@ class _LayerNormLinear(Function):
 
 def decided(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, frozen: bool
-) -> native.How:
+) -> choices.How:
     """How a forward call on x [B, N, K] runs."""
     lies = native.as_they_lie(x, weights, biases, None, dtype, frozen)
-    return native.How(dtype, lies, native.allows_tf32(x), frozen and native.folds(OP, x, weights, dtype))
+    return choices.How(dtype, lies, choices.allows_tf32(x), frozen and choices.folds(OP, x, weights, dtype))
 
 
 def forward(
-    x, norm_weight, norm_bias, weights, biases, eps, norm, save, frozen, moments, how: native.How
+    x, norm_weight, norm_bias, weights, biases, eps, norm, save, frozen, moments, how: choices.How
 ) -> tuple[Tensor, list[Tensor]]:
     """The registered op in the libraries, as was decided."""
     folded = native.folded(norm_weight, norm_bias, weights, biases, how.dtype) if how.folds else []
@@ -110,7 +110,7 @@ def _fwd_autograd(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, 
 def _bwd_kernels(grad, x, saved, norm_weight, norm_bias, weight, eps, norm, needs):
     return native.ops.layer_norm_linear_bwd(
         *(grad, x, saved, norm_weight, norm_bias, weight, eps, norm),
-        *(native.bits(needs), native.allows_tf32(x)),
+        *(native.bits(needs), choices.allows_tf32(x)),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..call_facts import compute_dtype, needs_gradient
-from . import native, registration
+from . import choices, native, registration
 
 OP = "layer_norm_mlp"
 INPUTS = f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, {native.MLP_WEIGHTS}"
@@ -78,7 +78,7 @@ def layer_norm_mlp(
     dtype = compute_dtype(inputs.fc1_weight)
     if registration.records_gradients(*inputs):
         return _recorded(inputs, eps, activation, norm, dtype, frozen), None
-    with_moments = with_moments and native.gives_moments(OP, inputs.x, inputs.fc2_weight.shape[1], dtype)
+    with_moments = with_moments and choices.gives_moments(OP, inputs.x, inputs.fc2_weight.shape[1], dtype)
     options = Options(eps, activation, norm, dtype, frozen, False, moments, with_moments)
     out, given = registration.call(_fwd, *inputs, *options)
     return out, given[0] if given else None
@@ -114,17 +114,17 @@ def _read_by_bwd(inputs: Inputs) -> list[Tensor | None]:
     return [tensor for name, tensor in inputs._asdict().items() if name not in NOT_READ]
 
 
-def decided(inputs: Inputs, options: Options) -> native.How:
+def decided(inputs: Inputs, options: Options) -> choices.How:
     """How a forward call runs."""
     x, dtype, frozen = inputs.x, options.dtype, options.frozen
     weights = (inputs.fc1_weight,)
-    folds = frozen and options.activation != "swiglu" and native.folds(OP, x, weights, dtype)
-    return native.How(
+    folds = frozen and options.activation != "swiglu" and choices.folds(OP, x, weights, dtype)
+    return choices.How(
         dtype,
         all(native.as_they_lie(x, *product, dtype, frozen) for product in _products(inputs)),
-        native.allows_tf32(x),
+        choices.allows_tf32(x),
         folds,
-        native.fuses(x, inputs.fc1_weight, dtype, "fwd"),
+        choices.fuses(x, inputs.fc1_weight, dtype, "fwd"),
         options.with_moments,
     )
 
@@ -140,7 +140,7 @@ def _products(inputs: Inputs) -> list[tuple[Sequence[Tensor], Sequence[Tensor], 
     return [((weight,), () if bias is None else (bias,), scale) for weight, bias, scale in given]
 
 
-def forward(inputs: Inputs, options: Options, how: native.How) -> tuple[Tensor, list[Tensor]]:
+def forward(inputs: Inputs, options: Options, how: choices.How) -> tuple[Tensor, list[Tensor]]:
     """The registered op in the libraries, as was decided."""
     eps, activation, norm, dtype, frozen, save, moments, _ = options
     folded = []
@@ -186,7 +186,7 @@ def _fwd_autograd(*arguments):
 
 def _bwd_kernels(grad, saved, x, norm_weight, norm_bias, *rest):
     *weights, eps, activation, norm, needs = rest
-    how = native.fuses(x, weights[0], weights[0].dtype, "bwd"), native.allows_tf32(x)
+    how = choices.fuses(x, weights[0], weights[0].dtype, "bwd"), choices.allows_tf32(x)
     return native.ops.layer_norm_mlp_bwd(
         *(grad, x, saved, norm_weight, norm_bias, *weights, eps, activation, norm, native.bits(needs)), *how
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..call_facts import compute_dtype, needs_gradient
-from . import native, registration
+from . import choices, native, registration
 
 OP = "linear_residual"
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? sample_scale"
@@ -27,7 +27,7 @@ def linear_residual(
     inputs = (x, weight, bias, residual, layer_scale, sample_scale)
     if registration.records_gradients(*inputs[:5]):
         return _recorded(*inputs, dtype, frozen), None
-    with_moments = with_moments and native.gives_moments(OP, residual, x.shape[-1], dtype)
+    with_moments = with_moments and choices.gives_moments(OP, residual, x.shape[-1], dtype)
     out, moments = registration.call(_fwd, *inputs, dtype, frozen, False, with_moments)
     return out, moments[0] if moments else None
 
@@ -66,15 +66,15 @@ def decided(
     layer_scale: Tensor | None,
     dtype: torch.dtype,
     frozen: bool,
-) -> native.How:
+) -> choices.How:
     """How a forward call on x [B, N, K] runs, but for moments."""
     biases = () if bias is None else (bias,)
     lies = native.as_they_lie(x, (weight,), biases, layer_scale, dtype, frozen)
-    return native.How(dtype, lies, native.allows_tf32(x))
+    return choices.How(dtype, lies, choices.allows_tf32(x))
 
 
 def forward(
-    x, weight, bias, residual, layer_scale, sample_scale, frozen, save, how: native.How
+    x, weight, bias, residual, layer_scale, sample_scale, frozen, save, how: choices.How
 ) -> tuple[Tensor, list[Tensor]]:
     """The registered op in the libraries, as was decided."""
     if not how.as_they_lie:
@@ -111,7 +111,7 @@ def _fwd_autograd(
 
 def _bwd_kernels(grad, x, saved, weight, layer_scale, sample_scale, needs):
     return native.ops.linear_residual_bwd(
-        *(grad, x, saved, weight, layer_scale, sample_scale), native.bits(needs), native.allows_tf32(x)
+        *(grad, x, saved, weight, layer_scale, sample_scale), native.bits(needs), choices.allows_tf32(x)
     )
 
 

@@ -14,7 +14,7 @@ from native_calls import FIXED, THROUGH, while_training
 from op_checks import GRADS, gradients_within_contract, within_contract
 
 from fastvit import ops, use_backend
-from fastvit.ops import native
+from fastvit.ops import choices
 from fastvit.regimes import pairwise, regimes_of
 
 OP, LINEAR = "layer_norm_mlp", "layer_norm_linear"
@@ -26,7 +26,7 @@ of_the_profiler = pytest.mark.needs(runtime=True)  # which says what ran
 
 @pytest.fixture(autouse=True)
 def _fused(gpu):
-    with use_backend("cuda"), native.fusing(True), native.folding(False):
+    with use_backend("cuda"), choices.fusing(True), choices.folding(False):
         yield
 
 
@@ -116,7 +116,7 @@ def test_it_is_what_runs():
     names = kernels_of(lambda: run(call))
     assert len([name for name in names if "fastvit::sm90" in name]) == 2  # forward and backward
     assert not any("activate_" in name for name in names)
-    with native.fusing(False):
+    with choices.fusing(False):
         assert any("activate_" in name for name in kernels_of(lambda: run(call)))
 
 
@@ -129,7 +129,7 @@ def test_other_widths_are_served_as_before():
 
 def folds(call, op=OP, served=True, **how):
     """The op with its norm folded is within the contract, and runs one product and the norm's statistics."""
-    with native.folding(True):
+    with choices.folding(True):
         within_contract(op, call, partial(getattr(ops, op), frozen=True), **how)
         with torch.no_grad():
             names = kernels_of(lambda: getattr(ops, op)(**call, frozen=True))

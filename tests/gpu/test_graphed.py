@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 import fastvit
 from fastvit import graphed, use_backend
 from fastvit.backends import kernels_for
-from fastvit.ops import native
+from fastvit.ops import choices
 from fastvit.verification import randomize
 
 pytestmark = pytest.mark.needs(runtime=True)
@@ -294,7 +294,7 @@ def test_how_many_kernels_a_block_is(fused, gpu):
     base = {"img_size": 224, "embed_dim": 768, "depth": 1, "num_heads": 12}
     block = model_of("timm, inference", **base).blocks[0]
     x = torch.randn(8, 197, 768, device=gpu, dtype=torch.bfloat16)
-    with ours(), native.fusing(fused):
+    with ours(), choices.fusing(fused):
         block(x)  # compiles, and derives weights
         names = kernels_of(lambda: block(x))
     assert 0 < len(names) <= (7 if fused else 8), "\n".join(names)

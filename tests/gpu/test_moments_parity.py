@@ -15,7 +15,7 @@ from op_checks import within_contract
 
 from fastvit import ops, use_backend
 from fastvit.contract import judge_saved
-from fastvit.ops import native
+from fastvit.ops import choices, native
 from fastvit.regimes import pairwise, regimes_of
 
 RESIDUAL, MLP, LINEAR = "linear_residual", "layer_norm_mlp", "layer_norm_linear"
@@ -25,7 +25,7 @@ pytestmark = LIBRARY
 
 @pytest.fixture(autouse=True)
 def _giving(gpu):
-    with use_backend(gpu_calls.COMPILED), native.giving_moments(True), native.folding(False):
+    with use_backend(gpu_calls.COMPILED), choices.giving_moments(True), choices.folding(False):
         yield
 
 
@@ -63,7 +63,7 @@ def taking(op, moments):
     """The op with the norm's statistics from moments, folded into the product where there is a kernel."""
 
     def call(*args, **options):
-        with torch.no_grad(), native.folding(True):
+        with torch.no_grad(), choices.folding(True):
             return getattr(ops, op)(*args, **options, moments=moments, frozen=True)
 
     return call

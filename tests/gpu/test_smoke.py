@@ -16,7 +16,7 @@ from op_checks import GRADS, gradients_within_contract, within_contract
 from served import KERNELS
 
 from fastvit import extension, ops, use_backend
-from fastvit.ops import native
+from fastvit.ops import choices
 
 HALF = ("bfloat16", "float16")
 WARMUP, RUNS = 3, 20
@@ -88,7 +88,7 @@ def test_it_is_right(op, mode, form, way, record_property, request):
         skip_on_a_cpu(extension.why_no_ops("cpu"))
     call = call_for(op, mode, form)
     function = partial(getattr(ops, op), **({"frozen": True} if form == "folded" else {}))
-    with use_backend(BACKENDS[op]), native.fusing(form == "fused"), native.folding(form == "folded"):
+    with use_backend(BACKENDS[op]), choices.fusing(form == "fused"), choices.folding(form == "folded"):
         judged(op, function, call, mode, way)
         if way == "bwd" or DEVICE == "cpu" or request.config.getoption("--no-runtime"):
             return
