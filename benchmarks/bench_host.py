@@ -215,6 +215,7 @@ def providers(parts: Setting) -> dict[str, tuple[Callable[[], Any], Callable[[],
     return {
         "block": (lambda: block(x), lambda: theirs(x)),
         "block, frozen weights": (lambda: frozen(x), lambda: theirs(x)),
+        "block, gradients recorded": (recorded(block, x), None),
         "gathering of both halves": (lambda: (attention_half(block), mlp_half(block)), None),
         "op layer_norm_linear": (lambda: ops.layer_norm_linear(x, *norm, *qkv_weights, validate=False), None),
         "op attention, with its launch": (lambda: ops.attention(qkv, attn.num_heads, validate=False), None),
@@ -228,6 +229,17 @@ def providers(parts: Setting) -> dict[str, tuple[Callable[[], Any], Callable[[],
         **_launches(qkv, attn.num_heads),
         "torch.add, for comparison": (lambda: x + x, None),
     }
+
+
+def recorded(block: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A training step's forward. timm's is not beside it: its stubs would record nothing."""
+    leaf = x.detach().requires_grad_()
+
+    def call() -> Tensor:
+        with torch.enable_grad():
+            return block(leaf)
+
+    return call
 
 
 def _launches(qkv: Tensor, heads: int) -> dict[str, tuple[Callable[[], Any], None]]:

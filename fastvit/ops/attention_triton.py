@@ -49,7 +49,7 @@ def attention(
         qkv = qkv.to(dtype)
         views = _split(qkv, num_heads)
     if registration.records_gradients(qkv, *values):
-        return _Packed.apply(qkv, num_heads, *values)
+        return Packed.apply(qkv, num_heads, *values)
     return registration.call(_fwd, *views, *values, False)[0]
 
 
@@ -78,8 +78,15 @@ def attention_of_views(
 ) -> Tensor:
     """Of q, k and v that are projections of their own: no copy of them is made."""
     dtype = compute_dtype(q)
-    options = {**_DEFAULTS, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "attn_mask": attn_mask}
-    return _fwd(q.to(dtype), k.to(dtype), v.to(dtype), *[options[name] for name in NAMES], False)[0]
+    values = values_of(q.shape[-1], scale, {"attn_mask": attn_mask})
+    return _fwd(q.to(dtype), k.to(dtype), v.to(dtype), *values, False)[0]
+
+
+def values_of(head_dim: int, scale: float | None, options: dict) -> list:
+    """Of `NAMES`, by the public op's options."""
+    scale = head_dim**-0.5 if scale is None else scale
+    given = {**_DEFAULTS, **options, "scale": scale}
+    return [given[name] for name in NAMES]
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -87,7 +94,7 @@ def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
 
 
-class _Packed(Function):
+class Packed(Function):
     """Of packed qkv [B, N, 3 * H * d]: what is saved is qkv and not its views, what comes back one tensor."""
 
     @staticmethod

@@ -30,14 +30,20 @@ def layer_norm_linear(
 ) -> Tensor:
     """That of the compiled libraries."""
     op = layer_norm_linear_native
-    if isinstance(weight, Tensor):
-        weights, biases = [weight], [] if bias is None else [bias]
-    else:
-        weights, biases = list(weight), op.given_biases(weight, bias)
+    weights, biases = listed(weight, bias)
     if (how := decided.get(op.OP)) is None:
         how = decided[op.OP] = op.decided(x, weights, biases, compute_dtype(weights[0]), frozen)
     inputs = (x, norm_weight, norm_bias, weights, biases)
     return op.forward(*inputs, eps, norm, False, frozen, None, how)[0]
+
+
+def listed(
+    weight: Tensor | tuple[Tensor, ...], bias: Tensor | tuple[Tensor | None, ...] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One weight or several, as the ops take them: with a bias for each, or none."""
+    if isinstance(weight, Tensor):
+        return [weight], [] if bias is None else [bias]
+    return list(weight), layer_norm_linear_native.given_biases(weight, bias)
 
 
 def attention(
@@ -78,8 +84,21 @@ def layer_norm_mlp(
     decided: Decided,
 ) -> Tensor:
     """That of the compiled libraries; ``arguments`` are the public op's."""
-    op = layer_norm_mlp_native
-    inputs = op.Inputs(
+    op, inputs = layer_norm_mlp_native, mlp_inputs(x, arguments, layer_scale, None)
+    eps, activation, norm = arguments["eps"], arguments["activation"], arguments["norm"]
+    how = decided.get(op.OP)
+    dtype = compute_dtype(inputs.fc1_weight) if how is None else how.dtype
+    options = op.Options(eps, activation, norm, dtype, frozen, False, moments)
+    if how is None:
+        how = decided[op.OP] = op.decided(inputs, options)
+    return op.forward(inputs, options, how)[0]
+
+
+def mlp_inputs(
+    x: Tensor, arguments: dict, layer_scale: Tensor | None, sample_scale: Tensor | None
+) -> layer_norm_mlp_native.Inputs:
+    """The tensors of the op, of the public op's arguments."""
+    return layer_norm_mlp_native.Inputs(
         x,
         arguments["norm_weight"],
         arguments["norm_bias"],
@@ -92,12 +111,5 @@ def layer_norm_mlp(
         arguments.get("inner_norm_weight"),
         arguments.get("inner_norm_bias"),
         layer_scale,
-        None,
+        sample_scale,
     )
-    eps, activation, norm = arguments["eps"], arguments["activation"], arguments["norm"]
-    how = decided.get(op.OP)
-    dtype = compute_dtype(inputs.fc1_weight) if how is None else how.dtype
-    options = op.Options(eps, activation, norm, dtype, frozen, False, moments)
-    if how is None:
-        how = decided[op.OP] = op.decided(inputs, options)
-    return op.forward(inputs, options, how)[0]

@@ -48,10 +48,10 @@ def _recorded(x, norm_weight, norm_bias, weights, biases, eps, norm, dtype, froz
     if frozen:
         native.release(weights)
     cast = native.joined(weights).to(dtype), native.joined(biases).to(dtype) if biases else None
-    return _LayerNormLinear.apply(x, norm_weight, norm_bias, *cast, eps, norm)
+    return Node.apply(x, norm_weight, norm_bias, *cast, eps, norm)
 
 
-class _LayerNormLinear(Function):
+class Node(Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, norm):
         inputs = (x, norm_weight, norm_bias, [weight], [] if bias is None else [bias])

@@ -87,10 +87,10 @@ def layer_norm_mlp(
 def _recorded(inputs, eps, activation, norm, dtype, frozen):
     if frozen:
         native.release([weight for weight in inputs if weight is not None])
-    return _LayerNormMlp.apply(eps, activation, norm, *inputs.cast(dtype))
+    return Node.apply(eps, activation, norm, *inputs.cast(dtype))
 
 
-class _LayerNormMlp(Function):
+class Node(Function):
     @staticmethod
     def forward(ctx, eps, activation, norm, *tensors):
         inputs = Inputs(*tensors)

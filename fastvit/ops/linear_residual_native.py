@@ -36,10 +36,10 @@ def _recorded(x, weight, bias, residual, layer_scale, sample_scale, dtype, froze
     if frozen:
         native.release((weight,))
     cast = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _LinearResidual.apply(x, *cast, residual, layer_scale, sample_scale)
+    return Node.apply(x, *cast, residual, layer_scale, sample_scale)
 
 
-class _LinearResidual(Function):
+class Node(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, layer_scale, sample_scale):
         inputs = (x, weight, bias, residual, layer_scale, sample_scale)
