@@ -6,6 +6,7 @@ comes back. Either costs what was under way: the process ends, and the next one 
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -44,17 +45,18 @@ class Attempts:
         return name in self._before and self._before[name] is None
 
     @contextmanager
-    def __call__(self, name: str, seconds: float | None = SECONDS) -> Iterator[None]:
+    def __call__(self, name: str, seconds: float | None = None) -> Iterator[None]:
         """Note that it begins here, and that it ends, by an exception too, if the CUDA context is whole then.
 
         Args:
-            seconds: the process is ended (status 1) after so long without `alive`; None waits for ever.
+            seconds: the process is ended (status 1) after so long without `alive`, SECONDS by default;
+                infinity waits for ever.
         """
         if self.file is None:
             yield
             return
         self._note(begun=name)
-        self._seconds = seconds
+        self._seconds = SECONDS if seconds is None else seconds
         self.alive()
         # Whoever ends a process that is well, at its time limit say, ends it as Ctrl-C does: it did not die.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,7 +71,7 @@ class Attempts:
 
     def alive(self) -> None:
         """What is under way goes on: its seconds begin anew."""
-        if self._seconds is not None:
+        if self._seconds is not None and self._seconds < math.inf:
             # The traceback goes into the file, where it says of what is begun that it hung.
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._open)
 
@@ -95,10 +97,10 @@ class Attempts:
         self._open.flush()
 
 
-def patience(provider: str, device: torch.device) -> float | None:
+def patience(provider: str, device: torch.device) -> float:
     """How long one of ours may be silent. A CPU's kernels do not hang, and others compile for minutes."""
     if device.type != "cuda" or not provider.startswith(OURS):
-        return None
+        return math.inf
     return COMPILING if "compiled" in provider else SECONDS
 
 

@@ -1,7 +1,7 @@
 """`python csrc/cuda_report.py`: every CUDA kernel compiled for every architecture, with no GPU.
 
 It fails where one does not compile, warns (C7510 too), spills, or has local memory or float64, and where one
-of Hopper's own does not multiply by warp groups.
+of Hopper's own does not multiply by warp groups, or touches memory before the kernel ahead of it has ended.
 """
 
 import argparse
@@ -42,7 +42,10 @@ STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 COMPLAINT = re.compile(r"(?:^|: |ptxas |nvcc )(?:warning|error|fatal)\b|C7510")
 COUNTED = re.compile(r"spilled to local memory|Local memory used")
-WARP_GROUP_PRODUCT = "HGMMA"
+WARP_GROUP_PRODUCT, WAIT = "HGMMA", "ACQBULK"  # the latter is griddepcontrol.wait
+GLOBAL_MEMORY = re.compile(r"(LD|ST|RED|ATOM)G?|LDGSTS|UTMA(LD|ST|RED)G|UBLK(CP|RED)")
+# An address, a predicate if any, an operation with its modifiers, and operands.
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+ )?(\w+)(\S*)([^;]*);", re.MULTILINE)
 # What tells one of CUTLASS's kernels from another in a name of some 2000 letters, which nothing demangles.
 CUTLASS_KERNEL = re.compile(
     r"KernelTmaWarpSpecialized(?P<schedule>Pingpong|Cooperative)EEENS\w_IJNS\w_ILi(?P<rows>\d+)E"
@@ -102,15 +105,52 @@ def parse_ptxas(text: str) -> tuple[list[Kernel], list[str]]:
     return kernels, faults
 
 
-def without_warp_groups(cubin: Path, kernels: Sequence[Kernel]) -> list[str]:
-    """A line for each kernel in whose instructions no warp group multiplies."""
+def wrong_instructions(cubin: Path, kernels: Sequence[Kernel]) -> list[str]:
+    """A line for each kernel in whose instructions no warp group multiplies, or memory is touched too early.
+
+    Stream-K's kernels may: they are launched to begin when those before them have ended.
+    """
     tool = find_cuobjdump()
     if tool is None:
         return ["no cuobjdump on the PATH, in CUDA_HOME/bin or in triton to read the instructions with"]
     done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
     _, *functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)
-    multiplying = {text.split(maxsplit=1)[0] for text in functions if WARP_GROUP_PRODUCT in text}
-    return [f"{kernel.name}: no {WARP_GROUP_PRODUCT}" for kernel in kernels if kernel.name not in multiplying]
+    known, faults = {text.split(maxsplit=1)[0]: text for text in functions}, []
+    for name in (kernel.name for kernel in kernels):
+        text = known.get(name, "")
+        if WARP_GROUP_PRODUCT not in text:
+            faults.append(f"{name}: no {WARP_GROUP_PRODUCT}")
+        elif "StreamK" not in name and (early := touches_early(text)):
+            faults.append(f"{name}: {early} may come before {WAIT}")
+    return faults
+
+
+def touches_early(text: str) -> str | None:
+    """An instruction on global memory that some way reaches without a wait, or None.
+
+    A product of warp groups is as good as a wait: another warp loaded what it multiplies, after waiting.
+
+    Args:
+        text: a kernel's instructions, as cuobjdump prints them.
+    """
+    steps = INSTRUCTION.findall(text)
+    places = {int(address, 16): place for place, (address, *_) in enumerate(steps)}
+    reached, left = set(), [0]
+    while left:
+        place = left.pop()
+        if place in reached or place == len(steps):
+            continue
+        reached.add(place)
+        address, predicate, operation, modifiers, operands = steps[place]
+        if GLOBAL_MEMORY.fullmatch(operation) or operation == "BRX":  # which jumps to where a register says
+            return f"{operation}{modifiers} at 0x{address}"
+        if operation in (WARP_GROUP_PRODUCT, WAIT, "EXIT", "RET") and not predicate:
+            continue
+        if operation in ("BRA", "BSSY", "CALL", "WARPSYNC"):
+            left += (places[int(target, 16)] for target in re.findall(r"\b0x[0-9a-f]+", operands))
+        if operation != "BRA" or predicate or "," in operands:
+            left.append(place + 1)
+    return None
 
 
 def find_cuobjdump() -> str | None:
@@ -133,7 +173,7 @@ def compile_one(source: Path, arch: str, torch_include: Path, cutlass: Cutlass |
         if found := DOUBLE.findall(ptx):
             faults.append(f"float64 in {len(found)} lines of PTX, as in: {found[-1].strip()}")
         if cutlass and cubin.is_file():
-            faults += without_warp_groups(cubin, kernels)
+            faults += wrong_instructions(cubin, kernels)
     if not faults and (done.returncode or not kernels):
         faults.append(f"no kernel, and nvcc exited with {done.returncode}")
     return Report(source.name, arch, perf_counter() - start, kernels, faults)

@@ -130,14 +130,14 @@ struct Backward {
 }  // namespace sm90
 
 std::size_t fc1_workspace(const Fc1Backward& call, std::size_t tile, const Fc1Place& place) {
-  return sm90::with_kernel<Fc1Kind::kBackward>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kBackward, std::size_t>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::Backward<decltype(element), row>;
     return Kernel::Product::Device::get_workspace_size(Kernel::arguments(call, place));
   });
 }
 
 const char* run_fc1(const Fc1Backward& call, std::size_t tile, const Fc1Place& place, void* workspace) {
-  return sm90::with_kernel<Fc1Kind::kBackward>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kBackward, const char*>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::Backward<decltype(element), row>;
     return Kernel::Product::run(Kernel::arguments(call, place), place, workspace);
   });

@@ -45,14 +45,14 @@ struct Folded {
 }  // namespace sm90
 
 std::size_t fc1_workspace(const Fc1Folded& call, std::size_t tile, const Fc1Place& place) {
-  return sm90::with_kernel<Fc1Kind::kFolded>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kFolded, std::size_t>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::Folded<decltype(element), row>;
     return Kernel::Product::Device::get_workspace_size(Kernel::arguments(call, place));
   });
 }
 
 const char* run_fc1(const Fc1Folded& call, std::size_t tile, const Fc1Place& place, void* workspace) {
-  return sm90::with_kernel<Fc1Kind::kFolded>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kFolded, const char*>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::Folded<decltype(element), row>;
     return Kernel::Product::run(Kernel::arguments(call, place), place, workspace);
   });

@@ -39,7 +39,7 @@ struct Forward {
 
 template <bool kWide>
 std::size_t forward_workspace(const Fc1Forward& call, std::size_t tile, const Fc1Place& place) {
-  return with_kernel<Fc1Kind::kForward, kWide>(tile, call.dtype, [&](auto element, auto row) {
+  return with_kernel<Fc1Kind::kForward, std::size_t, kWide>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = Forward<decltype(element), row>;
     return Kernel::Product::Device::get_workspace_size(Kernel::arguments(call, place));
   });
@@ -47,7 +47,7 @@ std::size_t forward_workspace(const Fc1Forward& call, std::size_t tile, const Fc
 
 template <bool kWide>
 const char* run_forward(const Fc1Forward& call, std::size_t tile, const Fc1Place& place, void* workspace) {
-  return with_kernel<Fc1Kind::kForward, kWide>(tile, call.dtype, [&](auto element, auto row) {
+  return with_kernel<Fc1Kind::kForward, const char*, kWide>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = Forward<decltype(element), row>;
     return Kernel::Product::run(Kernel::arguments(call, place), place, workspace);
   });

@@ -1,5 +1,11 @@
 // A product on Hopper, put together from CUTLASS by a row of fc1_tiles.h and an epilogue.
+//
+// Its kernels may begin while the one before them ends. The warps that load then wait for its end before their first
+// read, in every block. The others read and write only after a product, whose operands were loaded after that wait.
 #pragma once
+
+// Before any of CUTLASS's headers: without it the kernels do not wait.
+#define CUTLASS_ENABLE_GDC_FOR_SM90
 
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -42,6 +48,26 @@ struct TileOf {
   using Scheduler =
       std::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
 };
+
+constexpr std::size_t stream_k_row() {
+  std::size_t row = 0;
+  while (kTiles[row].schedule != Schedule::kStreamK) ++row;
+  return row;
+}
+using StreamK = TileOf<stream_k_row()>;
+
+}  // namespace fastvit::sm90
+
+// A kernel asks whether a tile is its block's last, to let the next kernel begin. Stream-K's answer does not compile in
+// CUTLASS 4.2: a const function passes a member as a reference that may be written to. "No" is always right: the next
+// kernel then begins when the blocks end.
+template <>
+CUTLASS_DEVICE bool cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90StreamK<
+    fastvit::sm90::StreamK::Shape, fastvit::sm90::StreamK::Cluster>::is_last_tile(WorkTileInfo, std::uint32_t) const {
+  return false;
+}
+
+namespace fastvit::sm90 {
 
 template <typename Node, typename... Children>
 using Tree = fusion::Sm90EVT<Node, Children...>;
@@ -99,14 +125,17 @@ struct Gemm {
     Device device;
     cutlass::Status status = Device::can_implement(arguments);
     if (status == cutlass::Status::kSuccess) status = device.initialize(arguments, workspace, place.stream);
-    if (status == cutlass::Status::kSuccess) status = device.run(place.stream);
+    // Not stream-K's: before them comes a memset of their workspace, which lets nothing begin, and warps that join
+    // partial sums there do not wait.
+    const bool early = place.begins_early && !Types::kStreamK;
+    if (status == cutlass::Status::kSuccess) status = device.run(place.stream, nullptr, early);
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
   }
 };
 
-template <Fc1Kind kKind, bool kWide, typename Element, std::size_t... kRows, typename Use>
-auto with_row(std::size_t row, std::index_sequence<kRows...>, const Use& use) {
-  decltype(use(Element(), std::integral_constant<std::size_t, 0>())) result{};
+template <Fc1Kind kKind, typename Result, bool kWide, typename Element, std::size_t... kRows, typename Use>
+Result with_row(std::size_t row, std::index_sequence<kRows...>, const Use& use) {
+  Result result{};
   const auto use_if_it_is = [&](auto candidate) {
     if constexpr (is_compiled(kTiles[candidate()], kKind) && is_wide(kTiles[candidate()]) == kWide) {
       if (row == candidate()) result = use(Element(), candidate);
@@ -117,11 +146,12 @@ auto with_row(std::size_t row, std::index_sequence<kRows...>, const Use& use) {
 }
 
 // Calls use(element, row), whose types are those of the dtype and of the row of the table, of wide ones or of others.
-template <Fc1Kind kKind, bool kWide = false, typename Use>
-auto with_kernel(std::size_t row, Half dtype, const Use& use) {
+// Result is what it returns: to deduce that would compile a kernel for it.
+template <Fc1Kind kKind, typename Result, bool kWide = false, typename Use>
+Result with_kernel(std::size_t row, Half dtype, const Use& use) {
   using Rows = std::make_index_sequence<kTileCount>;
-  return dtype == Half::kFloat16 ? with_row<kKind, kWide, cutlass::half_t>(row, Rows(), use)
-                                 : with_row<kKind, kWide, cutlass::bfloat16_t>(row, Rows(), use);
+  return dtype == Half::kFloat16 ? with_row<kKind, Result, kWide, cutlass::half_t>(row, Rows(), use)
+                                 : with_row<kKind, Result, kWide, cutlass::bfloat16_t>(row, Rows(), use);
 }
 
 }  // namespace fastvit::sm90

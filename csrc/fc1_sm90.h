@@ -51,6 +51,7 @@ struct Fc1Backward {
 struct Fc1Place {
   int multiprocessors;
   cudaStream_t stream;
+  bool begins_early;  // while the kernel before it ends
 };
 
 std::size_t fc1_workspace(const Fc1Forward& call, std::size_t tile, const Fc1Place& place);

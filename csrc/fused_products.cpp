@@ -50,7 +50,7 @@ std::size_t tile_for(const Extent& out, const Tensor& beside, Fc1Kind kind) {
 
 template <typename Workspace, typename Run>
 void run_with(const Tensor& beside, const char* what, const Workspace& workspace_of, const Run& run_on) {
-  const Fc1Place place{static_cast<int>(multiprocessors(beside)), current_stream(beside)};
+  const Fc1Place place{static_cast<int>(multiprocessors(beside)), current_stream(beside), begins_early(beside)};
   const RelaxedCapture relaxed;
   const Tensor workspace = empty_beside(beside, {static_cast<std::int64_t>(workspace_of(place))}, ScalarType::Byte);
   const char* wrong = run_on(place, workspace.data_ptr());

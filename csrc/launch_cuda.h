@@ -48,8 +48,9 @@ inline std::int64_t multiprocessors(const Tensor& beside) {
   return device_attribute(beside, cudaDevAttrMultiProcessorCount);
 }
 
-// Whether a kernel may begin while the one before it ends (FASTVIT_PDL=1, from Hopper on): it then waits at its top.
-// Those of CUTLASS do not: its stream-K kernels do not compile with it (4.2).
+// Whether a kernel may begin while the one before it ends (FASTVIT_PDL=1, from Hopper on). Every kernel launched so
+// waits for that end in each of its blocks, before it touches memory. Its own end then comes after that of all kernels
+// before it, and memory that one of them still reads is not written by a later one.
 inline bool begins_early(const Tensor& beside) {
   static const bool asked = [] {
     const char* value = std::getenv("FASTVIT_PDL");

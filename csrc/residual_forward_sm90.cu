@@ -127,14 +127,14 @@ struct WithResidual {
 }  // namespace sm90
 
 std::size_t residual_workspace(const Residual& call, std::size_t tile, const Fc1Place& place) {
-  return sm90::with_kernel<Fc1Kind::kResidual>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kResidual, std::size_t>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::WithResidual<decltype(element), row>;
     return Kernel::Product::Device::get_workspace_size(Kernel::arguments(call, place));
   });
 }
 
 const char* run_residual(const Residual& call, std::size_t tile, const Fc1Place& place, void* workspace) {
-  return sm90::with_kernel<Fc1Kind::kResidual>(tile, call.dtype, [&](auto element, auto row) {
+  return sm90::with_kernel<Fc1Kind::kResidual, const char*>(tile, call.dtype, [&](auto element, auto row) {
     using Kernel = sm90::WithResidual<decltype(element), row>;
     return Kernel::Product::run(Kernel::arguments(call, place), place, workspace);
   });

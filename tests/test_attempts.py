@@ -1,5 +1,6 @@
 """What a process died of is known to the next: by real processes that die, hang and lose their context."""
 
+import math
 import subprocess
 import sys
 
@@ -54,6 +55,20 @@ def test_a_process_that_dies(dies):
 
 def test_one_that_hangs_is_ended(dies):
     attempts, done = dies('with attempts("bad", 0.2): time.sleep(30)')
+    assert done.returncode == 1
+    assert attempts.died("bad") == "its process was ended by the watchdog"
+
+
+def test_how_long_is_read_when_a_call_begins(dies):
+    """So that a rehearsal can be less patient than a GPU's measurements."""
+    attempts, done = dies(
+        "import math\n"
+        "import fastvit_benchmarks.attempts as module\n"
+        "module.SECONDS = 0.2\n"
+        'with attempts("waited for", math.inf): time.sleep(0.6)\n'
+        'with attempts("bad"): time.sleep(30)'
+    )
+    assert attempts.ended("waited for")
     assert done.returncode == 1
     assert attempts.died("bad") == "its process was ended by the watchdog"
 
@@ -121,4 +136,4 @@ def test_without_a_file_nothing_is_checked(monkeypatch):
 def test_who_is_watched():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert (patience("fastvit triton", gpu), patience("fastvit compiled", gpu)) == (SECONDS, COMPILING)
-    assert patience("timm compiled, max-autotune", gpu) is patience("fastvit triton", cpu) is None
+    assert patience("timm compiled, max-autotune", gpu) == patience("fastvit triton", cpu) == math.inf

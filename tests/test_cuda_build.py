@@ -94,17 +94,52 @@ def test_waiting_for_products_before_a_call_is_a_fault():
     assert cuda_report.parse_ptxas(said) == ([], [said])
 
 
-def test_a_kernel_without_products_of_warp_groups_is_a_fault(tmp_path, monkeypatch):
+def instructions(*lines):
+    """As cuobjdump prints them, 16 bytes each."""
+    return "".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */\n" for i, line in enumerate(lines))
+
+
+# Both kinds of warp of a product: one branches to 0x0040 and loads, the other multiplies and stores.
+WARPS = ("HGMMA.64x256x16.F32 R24, gdesc[UR4]", "UTMASTG.3D [UR8], [UR12]", "EXIT")
+LOADS = ("UTMALDG.3D [UR8], [UR4]", "EXIT")
+WAITING = instructions("@P0 BRA 0x0040", *WARPS, "ACQBULK", *LOADS)
+WITHOUT = instructions("@P0 BRA 0x0040", *WARPS, "NOP", *LOADS)
+SOMETIMES = instructions("@P0 BRA 0x0040", *WARPS, "@!P1 BRA 0x0060", "ACQBULK", *LOADS)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (WAITING, None),
+        (WITHOUT, "UTMALDG.3D at 0x0050"),
+        (SOMETIMES, "UTMALDG.3D at 0x0060"),
+        (instructions("@P0 ACQBULK", "LDG.E R7, desc[UR18][R8.64+0x20]"), "LDG.E at 0x0010"),
+        (instructions("@P0 HGMMA.64x256x16.F32 R24", "STG.E [R8.64], R7"), "STG.E at 0x0010"),
+        (instructions("BRA.U !UP0, 0x0020", "ACQBULK", "REDG.E [R8.64], R7"), "REDG.E at 0x0020"),
+        (instructions("BSSY B0, 0x0030", "ACQBULK", "EXIT", "ATOMG.E R7, [R8.64]"), "ATOMG.E at 0x0030"),
+        (instructions("BRA 0x0020", "LDG.E R7, [R8.64]", "LDS R7, [R8]", "STS [R8], R7", "EXIT"), None),
+        (instructions("BRX R8 -0x10", "ACQBULK"), "BRX at 0x0000"),
+    ],
+)
+def test_memory_that_is_touched_without_a_wait_is_found(text, found):
+    assert cuda_report.touches_early(text) == found
+
+
+def test_a_kernel_of_cutlass_multiplies_by_warp_groups_and_waits(tmp_path, monkeypatch):
+    listing = {"one": WAITING, "two": instructions("EXIT"), "three": WITHOUT, "StreamKScheduler": WITHOUT}
+    (tmp_path / "listing").write_text("".join(f"  Function : {name}\n{listing[name]}" for name in listing))
     tool = tmp_path / "cuobjdump"
-    tool.write_text(
-        "#!/bin/sh\necho '  Function : one'\necho '  HGMMA.64x256x16.F32'\necho '  Function : two'\n"
-    )
+    tool.write_text(f"#!/bin/sh\ncat {tmp_path}/listing\n")
     tool.chmod(0o755)
     monkeypatch.setattr(cuda_report, "find_cuobjdump", lambda: str(tool))
-    kernels = [cuda_report.Kernel("one"), cuda_report.Kernel("two")]
-    assert cuda_report.without_warp_groups(tmp_path, kernels) == ["two: no HGMMA"]
+    kernels = [cuda_report.Kernel(name) for name in (*listing, "not there")]
+    assert cuda_report.wrong_instructions(tmp_path, kernels) == [
+        "two: no HGMMA",
+        "three: UTMALDG.3D at 0x0050 may come before ACQBULK",
+        "not there: no HGMMA",
+    ]
     monkeypatch.setattr(cuda_report, "find_cuobjdump", lambda: None)
-    assert cuda_report.without_warp_groups(tmp_path, kernels)[0].startswith("no cuobjdump")
+    assert cuda_report.wrong_instructions(tmp_path, kernels)[0].startswith("no cuobjdump")
 
 
 def test_a_kernel_of_cutlass_is_named_by_its_tile():

@@ -92,6 +92,21 @@ def test_the_kernels_in_cuda_do_too():
     assert "<<<" not in text
 
 
+def test_products_on_hopper_do_unless_stream_k_splits_them():
+    """By the text alone: csrc/cuda_report.py finds the wait in what a compiler of CUDA makes of it."""
+    header = (CSRC / "fc1_gemm_sm90.cuh").read_text()
+    assert header.index("#define CUTLASS_ENABLE_GDC_FOR_SM90\n") < header.index("#include <cutlass/")
+    paths = {*CSRC.glob("*_sm90.cu"), *CSRC.glob("*_sm90.cuh")} - {CSRC / "fc1_gemm_sm90.cuh"}
+    others = "".join(path.read_text() for path in paths)
+    # Whatever else is read of CUTLASS first does not know of waiting.
+    assert set(re.findall("#include <(cutlass.*)>", others)) == {"cutlass/arch/reg_reconfig.h"}
+    assert others.count('#include "fc1_gemm_sm90.cuh"') == 4
+    assert re.findall(r"\bdevice\.run\(.*", header) == ["device.run(place.stream, nullptr, early);"]
+    assert "early = place.begins_early && !Types::kStreamK;" in header
+    assert ".run(place.stream" not in others
+    assert "begins_early(beside)};" in (CSRC / "fused_products.cpp").read_text()
+
+
 def test_the_interpreter_has_no_such_kernels(monkeypatch):
     monkeypatch.setenv("FASTVIT_PDL", "1")
     q = torch.randn(1, 17, 2, 32)
