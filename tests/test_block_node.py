@@ -11,7 +11,7 @@ import torch
 from direct_blocks import DIM, KERNELS, TOKENS, block, kernels_by_torch, ordinary, tokens
 from timm.layers import LayerNorm, SwiGLU
 from torch import nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
@@ -171,6 +171,21 @@ def test_graphs_that_are_kept_and_hooks_on_what_is_saved(nodes, hooks):
     second = torch.autograd.grad(out.sum(), [x, *made.parameters()])
     assert all(map(torch.equal, first, second))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_no_more_is_saved(how):
+    made, x = block("train", **HOWS[how]), tokens(2)
+    made(x)
+
+    def saved(call):
+        seen = {}
+        with saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+            out = call()
+        return out, sorted(tensor.nbytes for tensor in seen.values())
+
+    (_, expected), (_, found) = saved(lambda: ordinary(lambda: made(x))), saved(lambda: made(x))
+    assert found == expected
 
 
 def test_a_weight_that_was_written_to_is_an_error():
