@@ -114,8 +114,11 @@ def count(launch: Launch, label: str) -> Row:
         bodies = (whole,)
     ctas = occupancy(said.registers, compiled.metadata.shared, launch.num_warps)
     try:
-        planned, unknown = product_loops(launch, compiled.asm["ttir"]), ""
-        trips = unrolled(whole, launch, planned) if bodies == (whole,) else match(bodies, launch, planned)
+        (outside, planned), unknown = product_loops(launch, compiled.asm["ttir"]), ""
+        if bodies == (whole,):
+            trips = unrolled(whole, launch, [outside, *planned])
+        else:
+            trips = match(bodies, launch, planned)
     except Unknown as reason:
         trips, unknown = (), str(reason)
     bound, floor = slowest(bodies, trips, launch.num_warps)
@@ -159,18 +162,20 @@ def match(bodies: Sequence[Body], launch: Launch, planned: Sequence[Loop]) -> tu
 
 
 def unrolled(whole: Body, launch: Launch, planned: Sequence[Loop]) -> tuple[int, ...]:
-    """The trips of a kernel without a loop, which are its programs; the IR's loops were all unrolled.
+    """The trips of a kernel without a loop, which are its programs: all that the IR plans is in a line.
+
+    Branches are, too: one that is always taken costs what lies in it.
 
     Raises:
-        Unknown: if it holds other products than they do over all programs.
+        Unknown: if it holds other products than the IR has over all programs.
     """
     programs = math.prod(launch.grid)
     made, wanted = (
         whole.flops * launch.num_warps // 4 * programs,
         sum(loop.trips * loop.flops for loop in planned),
     )
-    if not planned or not 1 <= made / wanted < 2:
-        raise Unknown(f"no loop and {made} FLOP, where the IR's loops have {wanted}")
+    if not wanted or not 1 <= made / wanted < 2:
+        raise Unknown(f"no loop and {made} FLOP, where the IR has {wanted}")
     return (programs,)
 
 

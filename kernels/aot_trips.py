@@ -26,6 +26,7 @@ INTEGERS = {
     "arith.minsi": torch.minimum,
     "arith.maxsi": torch.maximum,
     "arith.andi": torch.bitwise_and,
+    "arith.shrsi": torch.bitwise_right_shift,
     "arith.extsi": lambda a: a,
     "arith.extui": lambda a: a,
     "arith.trunci": lambda a: a,
@@ -43,11 +44,12 @@ COMPARED = {
 
 @dataclass
 class Loop:
-    """A loop that holds products.
+    """A loop that holds products, or what lies outside of loops, which each program runs once.
 
     Attributes:
         trips: over all programs of the grid together.
-        flops: of the products in one trip of one program, nested loops' left out.
+        flops: of the products in one trip of one program, nested loops' left out; the mean over all trips,
+            where one of them is in a branch.
     """
 
     trips: int
@@ -58,16 +60,18 @@ class Unknown(Exception):
     """A number of trips that does not follow from the arguments. The text says which."""
 
 
-def product_loops(launch: Launch, ttir: str) -> list[Loop]:
-    """The loops that hold products, in the order of the IR. Integers are computed for all programs at once.
+def product_loops(launch: Launch, ttir: str) -> tuple[Loop, list[Loop]]:
+    """What lies outside of loops, and the loops that hold products, in the order of the IR.
+
+    Integers are computed for all programs at once.
 
     Raises:
-        Unknown: if the bounds of one depend on more than the arguments and the place in the grid.
+        Unknown: if a loop's bounds or a branch depend on more than the arguments and the place in the grid.
     """
     walk = _Walk(launch)
     for line in ttir.splitlines():
         walk.take(line.strip())
-    return [loop for loop in walk.loops if loop.flops]
+    return walk.outside, [loop for loop in walk.loops if loop.flops]
 
 
 class _Walk:
@@ -76,9 +80,12 @@ class _Walk:
         self.places = torch.tensor(places, dtype=torch.int64).flip(1).unbind(1)
         self.args, self.values = launch.args, {}
         self.loops: list[Loop] = []
-        everywhere = torch.ones(math.prod(launch.grid), dtype=torch.int64)
-        # For each brace that is open: how often each program gets there, and the loop that it belongs to.
-        self.open: list[tuple[Tensor | None, Loop | None, Tensor | None]] = [(everywhere, None, None)]
+        programs = math.prod(launch.grid)
+        self.outside = Loop(programs)
+        # For each brace that is open: how often each program gets there, the loop that it belongs to, and how
+        # often each gets to its "else".
+        everywhere = torch.ones(programs, dtype=torch.int64)
+        self.open: list[tuple[Tensor, Loop, Tensor | None]] = [(everywhere, self.outside, None)]
 
     def take(self, line: str) -> None:
         """One line: close a region, compute an integer, count a product, open a region."""
@@ -93,12 +100,13 @@ class _Walk:
         elif found := OPERATION.match(line):
             self.values[found[1]] = self._value(found[2], found[3])
         times, loop, _ = self.open[-1]
-        if (dot := DOT.search(line)) and loop is not None:
-            loop.flops += 2 * math.prod(map(int, dot.groups()))
+        if dot := DOT.search(line):
+            flops = 2 * math.prod(map(int, dot.groups()))
+            loop.flops += flops * int(times.sum()) // loop.trips if loop.trips else flops
         if line.endswith("{"):
             self.open.append(self._region(line, times, loop))
 
-    def _region(self, line: str, times: Tensor, loop: Loop | None):
+    def _region(self, line: str, times: Tensor, loop: Loop) -> tuple[Tensor, Loop, Tensor | None]:
         if bounds := LOOP.search(line):
             start, end, step = (self.values.get(name) for name in bounds.groups()[1:])
             if start is None or end is None or step is None:

@@ -207,11 +207,13 @@ def _plan_heads(q: Tensor, args: dict[str, Any], constants: dict[str, Any], chos
     """The backward in one launch, whose programs own a head each."""
     batch, tokens, heads, _ = q.shape
     block, width = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
-    tail = tail_of(tokens, block)
-    blocks = (block,) * (tokens // block) + ((tail,) if tail else ())
-    chunks = -(-tokens // width)
-    args = args | {"present": (1 << chunks) - 1}
-    constants = constants | {"BLOCKS": blocks, "CHUNKS": chunks, "WIDTH": width}
+    last = tail_of(tokens, block)
+    blocks = (block,) * (tokens // block) + ((last,) if last else ())
+    # Of 16 keys as columns: the queries are the rows then, and tensor cores want 64.
+    tail = 16 if block >= 64 and tail_of(tokens, width) == 16 else 0
+    chunks = tokens // width if tail else -(-tokens // width)
+    args = args | {"present": -1}
+    constants = constants | {"BLOCKS": blocks, "CHUNKS": chunks, "WIDTH": width, "TAIL": tail}
     names = _attention_bwd_heads_kernel.arg_names
     args, constants = ({name: given[name] for name in names if name in given} for given in (args, constants))
     return Launch(

@@ -34,6 +34,8 @@ CASES = (
     ("fwd", "ieee", 197, 64, "lse"),
     ("bwd", "half", 50, 64, ""),
     ("bwd", "half", 197, 64, ""),
+    ("bwd", "half", 224, 64, ""),
+    ("bwd", "half", 257, 64, ""),
     ("bwd", "half", 577, 64, ""),
     ("bwd", "half", 1370, 64, "half layer_norm keys"),
     ("bwd", "half", 577, 64, "bias"),

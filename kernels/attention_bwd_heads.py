@@ -4,6 +4,8 @@ S = q k^T and dP = dO v^T are computed once, and dq, dk and dv are summed by the
 scratch memory, the same bits each time. The queries stay in shared memory, and chunks of keys pass over them.
 Products are transposed (keys by queries, channels by queries), because Hopper's tensor cores want 64 rows:
 64 keys by 32 queries then fit, and so does the dq of all queries, in registers beside a chunk's dk and dv.
+Of more than 208 tokens only 8 warps have registers for it, which pass 128 keys over 64 queries. A few keys
+behind full chunks, as of 257 tokens, would cost one more: they are a tail, whose products are not transposed.
 """
 
 # ruff: noqa: RUF005  Triton compiles no (*tuple, more)
@@ -13,8 +15,8 @@ import triton.language as tl
 from .attention_load import load_parts
 from .attention_score import LOG2E, await_the_stream, head_start, indices
 
-# What it is for: the dq of more tokens would not fit into the registers of four warps.
-TOKENS, HEAD_DIM = 208, 64
+# What it is for: the dq of more tokens would not fit into the registers of eight warps.
+TOKENS, HEAD_DIM = 272, 64
 # Key chunks that fit into shared memory beside the queries where two programs share a multiprocessor.
 AHEAD = tl.constexpr(3)
 
@@ -58,9 +60,11 @@ def _attention_bwd_heads_kernel(
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """dq, dk and dv of one head: BLOCKS are the widths of its query blocks, the last maybe narrower than the
-    first; its keys pass in CHUNKS chunks, WIDTH wide, each of which has a bit set in ``present``.
+    first; its keys pass in CHUNKS chunks, WIDTH wide, and behind them a tail, TAIL wide, if that is not 0.
+    All bits of ``present`` are set.
 
     Strides of q, k and v come in units of ALIGN elements, those of the output's gradient in GRAD_ALIGN; its
     channels lie side by side where their stride is None.
@@ -87,6 +91,7 @@ def _attention_bwd_heads_kernel(
 
     # All loads first, so that their latencies overlap.
     qs, grads, outs, dqs, ks, vs = (), (), (), (), (), ()
+    EDGE: tl.constexpr = CHUNKS - (TAIL == 0)  # the chunk that may have keys past the last, if one may
     for j in tl.static_range(len(BLOCKS)):
         rows = indices(j * BLOCKS[0], BLOCKS[j], F)
         qs = qs + (_load(q_ptr, rows, stride_q, tokens, V, j + 1 == len(BLOCKS)),)
@@ -96,8 +101,8 @@ def _attention_bwd_heads_kernel(
         dqs = dqs + (_zeros(dim, BLOCKS[j]),)
     for c in tl.static_range(min(CHUNKS, AHEAD)):
         keys = indices(c * WIDTH, WIDTH, F)
-        ks = ks + (_load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS),)
-        vs = vs + (_load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS),)
+        ks = ks + (_load(k_ptr, keys, stride_k, tokens, V, c == EDGE),)
+        vs = vs + (_load(v_ptr, keys, stride_v, tokens, V, c == EDGE),)
     stride = 3 * stride_out
     for j in tl.static_range(len(BLOCKS)):
         rows = indices(j * BLOCKS[0], BLOCKS[j], F)
@@ -117,13 +122,27 @@ def _attention_bwd_heads_kernel(
             if c < AHEAD:
                 k, v = ks[c], vs[c]
             else:
-                k = _load(k_ptr, keys, stride_k, tokens, V, c + 1 == CHUNKS)
-                v = _load(v_ptr, keys, stride_v, tokens, V, c + 1 == CHUNKS)
+                k = _load(k_ptr, keys, stride_k, tokens, V, c == EDGE)
+                v = _load(v_ptr, keys, stride_v, tokens, V, c == EDGE)
             dqs, dk, dv = _pass_chunk(
-                dqs, qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F, BLOCKS, c + 1 == CHUNKS
+                dqs, qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F, BLOCKS, c == EDGE
             )
-            _store(dqkv_ptr + 2 * stride_out, dv, keys, stride, tokens, V, c + 1 == CHUNKS)
-            _store(dqkv_ptr + stride_out, dk * scale, keys, stride, tokens, V, c + 1 == CHUNKS)
+            _store(dqkv_ptr + 2 * stride_out, dv, keys, stride, tokens, V, c == EDGE)
+            _store(dqkv_ptr + stride_out, dk * scale, keys, stride, tokens, V, c == EDGE)
+
+    if TAIL > 0:
+        ends = indices(CHUNKS * WIDTH, TAIL, F)
+        k_end = _load(k_ptr, ends, stride_k, tokens, V, True)
+        v_end = _load(v_ptr, ends, stride_v, tokens, V, True)
+        ps, dss = (), ()
+        for j in tl.static_range(len(BLOCKS)):
+            nothing = _zeros(BLOCKS[j], TAIL).to(k_end.dtype)
+            ps, dss = ps + (nothing,), dss + (nothing,)
+        if present >> CHUNKS & 1:
+            ps, dss = _weigh_tail(qs, grads, k_end, v_end, ends, dqkv_ptr, stride, scale, tokens, F, BLOCKS)
+        dqs, dk_end, dv_end = _pass_tail(dqs, qs, grads, k_end, ps, dss, present >> CHUNKS + 1, F, BLOCKS)
+        _store(dqkv_ptr + 2 * stride_out, tl.trans(dv_end), ends, stride, tokens, V, True)
+        _store(dqkv_ptr + stride_out, tl.trans(dk_end * scale), ends, stride, tokens, V, True)
 
     # Every thread has read its notes before dq is written over them.
     tl.debug_barrier()
@@ -165,6 +184,46 @@ def _pass_chunk(
         dv = tl.dot(p.to(k.dtype), grads[j], dv, input_precision=F.precision)
         dk = tl.dot(ds, qs[j], dk, input_precision=F.precision)
         added = added + (tl.dot(tl.trans(k), ds, dqs[j], input_precision=F.precision),)
+    return added, dk, dv
+
+
+@triton.jit
+def _weigh_tail(
+    qs, grads, k, v, keys, dqkv_ptr, stride, scale, tokens, F: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """P and dS [queries, keys] of each block and a few keys, rounded.
+
+    Not transposed: as columns the keys may be few, where as rows they would be padded to 64.
+    """
+    ps, dss = (), ()
+    for j in tl.static_range(len(BLOCKS)):
+        notes = _notes(dqkv_ptr + j * BLOCKS[0] // 16 * stride, stride, indices(0, BLOCKS[j], F))
+        s = tl.dot(qs[j], tl.trans(k), input_precision=F.precision)
+        p = tl.exp2(s * (scale * LOG2E) - tl.load(notes + 16)[:, None])
+        p = tl.where((keys < tokens)[None, :], p, 0.0)
+        dp = tl.dot(grads[j], tl.trans(v), input_precision=F.precision) - tl.load(notes)[:, None]
+        ps = ps + (p.to(k.dtype),)
+        dss = dss + ((p * dp).to(k.dtype),)
+    return ps, dss
+
+
+@triton.jit
+def _pass_tail(dqs, qs, grads, k, ps, dss, present, F: tl.constexpr, BLOCKS: tl.constexpr):
+    """dq^T [d, queries] of each block with what a few keys add; their dk^T and dv^T [d, keys].
+
+    Branches, always taken as the chunks' are, part the blocks, and P and dS come from another: where a
+    product of 64 rows leads to one more in the same branch, Triton has each four warps compute all of it.
+    """
+    dk = _zeros(k.shape[1], k.shape[0])
+    dv = _zeros(k.shape[1], k.shape[0])
+    added = ()
+    for j in tl.static_range(len(BLOCKS)):
+        dq = dqs[j]
+        if present >> j & 1:
+            dv = tl.dot(tl.trans(grads[j]), ps[j], dv, input_precision=F.precision)
+            dk = tl.dot(tl.trans(qs[j]), dss[j], dk, input_precision=F.precision)
+            dq = tl.dot(tl.trans(k), tl.trans(dss[j]), dq, input_precision=F.precision)
+        added = added + (dq,)
     return added, dk, dv
 
 

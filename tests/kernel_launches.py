@@ -53,9 +53,10 @@ def attention_form(kernels: ModuleType, form: str | None) -> Iterator[None]:
 
     def tile(kernel, *_, tokens, **__):
         if kernel == "attention_bwd_heads":
-            constants = {name: size * (2 if GPU or tokens > 64 else 1) for name, size in HEADS_TILE.items()}
+            larger = 4 if tokens > 208 else 2 if GPU or tokens > 64 else 1
+            constants = {name: size * larger for name, size in HEADS_TILE.items()}
             constants["ONE_LAUNCH"] = int(form == "heads")
-            return kernels.tiles.Tile(constants, 4, 1, "modelled")
+            return kernels.tiles.Tile(constants, 8 if larger == 4 else 4, 1, "modelled")
         chosen = FORMS.get(form, FORMS["resident"]) if kernel == "attention_fwd" else BACKWARD_TILE
         # The interpreter takes its time for each tile, whatever its size.
         larger = 1 if GPU or tokens <= 64 else 4

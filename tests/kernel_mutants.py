@@ -57,6 +57,7 @@ def _least_float(kernels: ModuleType, grad: str | None = None) -> None:
         attention_within_contract(kernels, on_device(call), grad)
 
 
+_HEADS = {"head_dim": 64, "form": "heads", "grad": "contiguous"}
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "forward": partial(_attention, regime="randn", tokens=17, head_dim=32),
     "forward, resident": partial(_attention, regime="randn", tokens=50, head_dim=32, form="resident"),
@@ -85,21 +86,11 @@ CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "backward, transposed": partial(_attention, tokens=17, grad="transposed"),
     "backward, layer norm": partial(_attention, norm="layer_norm", tokens=17, grad="contiguous"),
     "backward, rotary": partial(_attention, rope="half", prefix=3, tokens=17, grad="contiguous"),
-    "heads": partial(
-        _attention, regime="randn", tokens=50, head_dim=64, form="heads", grad="contiguous", heads=2
-    ),
-    "heads, four chunks": partial(
-        _attention, regime="randn", tokens=193, head_dim=64, form="heads", grad="contiguous"
-    ),
-    "heads, tail": partial(
-        _attention,
-        regime="logits_negative",
-        dtype=FP16,
-        tokens=17,
-        head_dim=64,
-        form="heads",
-        grad="contiguous",
-    ),
+    "heads": partial(_attention, regime="randn", tokens=50, heads=2, **_HEADS),
+    "heads, four chunks": partial(_attention, regime="randn", tokens=193, **_HEADS),
+    "heads, few keys": partial(_attention, regime="randn", tokens=257, **_HEADS),
+    "heads, tail": partial(_attention, regime="logits_negative", dtype=FP16, tokens=17, **_HEADS),
+    "heads, tail of few": partial(_attention, regime="logits_negative", dtype=FP16, tokens=257, **_HEADS),
     "heads, transposed": partial(_attention, tokens=17, head_dim=64, form="heads", grad="transposed"),
     "embed": partial(_embed, width=24),
     "embed, patch positions": partial(_embed, width=24, positions="patches", prefix=5),
@@ -221,7 +212,7 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "attention_bwd_heads.py": [
         ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "heads"),
         ("delta not taken off", "- tl.load(notes)[None, :]", "", "heads"),
-        ("scale x1.001", "(scale * LOG2E)", "(scale * LOG2E * 1.001)", "heads"),
+        ("scale x1.001", "LOG2E) - tl.load(notes + 16)[N", "LOG2E * 1.001) - tl.load(notes + 16)[N", "heads"),
         ("scale of dk dropped", "dk * scale", "dk", "heads"),
         ("scale of dq dropped", "dqs[j] * scale", "dqs[j]", "heads"),
         ("dq not accumulated", "ds, dqs[j],", "ds, 0 * dqs[j],", "heads"),
@@ -233,7 +224,12 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "heads, tail",
         ),
         ("notes over one another", "rows // 16 *", "rows // 32 *", "heads"),
-        ("notes of the first block", "dqkv_ptr + j * BLOCKS[0] // 16 * stride", "dqkv_ptr", "heads"),
+        (
+            "notes of the first block",
+            "pointers too.\n        notes = _notes(dqkv_ptr + j * BLOCKS[0] // 16 * stride",
+            "pointers too.\n        notes = _notes(dqkv_ptr",
+            "heads",
+        ),
         ("a late chunk's v for its k", "k = _load(k_ptr,", "k = _load(v_ptr,", "heads, four chunks"),
         ("a chunk too few", "in tl.static_range(CHUNKS)", "in tl.static_range(CHUNKS - 1)", "heads"),
         ("a row too many", "mask=(rows < tokens)[:, None])", "mask=(rows <= tokens)[:, None])", "heads"),
@@ -243,6 +239,12 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "head.to(tl.int64) * dim",
             "heads, transposed",
         ),
+        ("tail not masked", "(keys < tokens)[None, :]", "(keys >= 0)[None, :]", "heads, tail of few"),
+        ("tail: delta not taken off", "- tl.load(notes)[:, None]", "", "heads, few keys"),
+        ("tail: scale of dk dropped", "dk_end * scale", "dk_end", "heads, few keys"),
+        ("tail: dq not added to", "tl.trans(dss[j]), dq,", "tl.trans(dss[j]), 0 * dq,", "heads, few keys"),
+        ("tail: dv not accumulated", "ps[j], dv,", "ps[j], 0 * dv,", "heads, few keys"),
+        ("tail: a block too few", "present >> j & 1", "present >> j & 1 and j > 0", "heads, few keys"),
     ],
     "attention_bwd_queries.py": [
         ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),

@@ -56,6 +56,60 @@ TTIR = """
     tt.return
 """
 
+# No loop is left of these: 64 keys against 32 queries in a branch for each bit of %present; and between them,
+# in a loop over %size rows, one over three words of each.
+BRANCHES = """
+  tt.func public @k(%present: i32, %size: i32) {
+    %c0 = arith.constant 0 : i32
+    %c1 = arith.constant 1 : i32
+    %c3 = arith.constant 3 : i32
+    %0 = arith.andi %present, %c1 : i32
+    %1 = arith.cmpi ne, %0, %c0 : i32
+    %dq:2 = scf.if %1 -> (tensor<64x32xf32>, tensor<64x64xf32>) {
+      %s = tt.dot %k, %q, %c : tensor<64x64xbf16> * tensor<64x32xbf16> -> tensor<64x32xf32>
+      scf.yield %s, %t : tensor<64x32xf32>, tensor<64x64xf32>
+    } else {
+      scf.yield %c, %t : tensor<64x32xf32>, tensor<64x64xf32>
+    }
+    scf.for %row = %c0 to %size step %c1  : i32 {
+      scf.for %word = %c0 to %c3 step %c1  : i32 {
+        scf.if %1 {
+          %u = tt.dot %x, %y, %c : tensor<64x16xbf16> * tensor<16x16xbf16> -> tensor<64x16xf32>
+        }
+      }
+    }
+    %2 = arith.shrsi %present, %c1 : i32
+    %3 = arith.andi %2, %c1 : i32
+    %4 = arith.cmpi ne, %3, %c0 : i32
+    %dq_1:2 = scf.if %4 -> (tensor<64x32xf32>, tensor<64x64xf32>) {
+      %s = tt.dot %k, %q, %c : tensor<64x64xbf16> * tensor<64x32xbf16> -> tensor<64x32xf32>
+      scf.yield %s, %t : tensor<64x32xf32>, tensor<64x64xf32>
+    } else {
+      scf.yield %dq#0, %dq#1 : tensor<64x32xf32>, tensor<64x64xf32>
+    }
+    tt.return
+"""
+BRANCHES_SASS = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   R2P PR, R0, 0x3 ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+        /*0020*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR40], RZ, !UPT ;
+        /*0030*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR44], R24 ;
+        /*0040*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR48], R24 ;
+        /*0050*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR52], R24, gsb0 ;
+.L_x_0:
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/                   HGMMA.64x32x16.F32.BF16 R40, gdesc[UR40], RZ, !UPT ;
+        /*0080*/                   HGMMA.64x32x16.F32.BF16 R40, gdesc[UR44], R40 ;
+        /*0090*/                   HGMMA.64x32x16.F32.BF16 R40, gdesc[UR48], R40 ;
+        /*00a0*/                   HGMMA.64x32x16.F32.BF16 R40, gdesc[UR52], R40, gsb0 ;
+.L_x_1:
+        /*00b0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00c0*/                   EXIT ;
+.L_x_2:
+        /*00d0*/                   BRA `(.L_x_2);
+"""
+
 
 def launch(grid=(5,), warps=4, **args):
     return Launch(lambda: None, grid, args, num_warps=warps)
@@ -87,9 +141,40 @@ def test_a_disassembly_that_cannot_be_followed_raises(text):
 
 def test_trips_are_those_of_every_program():
     # Of five programs two take the first branch: 1000 from 0 and from 64 in steps of 64 is 16 and 15 trips.
-    first, second = product_loops(launch(size=1000, few=2), TTIR)
+    outside, (first, second) = product_loops(launch(size=1000, few=2), TTIR)
     assert first == Loop(31, 2 * 64 * 32 * 16 + 2 * 64 * 16 * 128)
     assert second == Loop(3 * 16, 2 * 64 * 16 * 16)
+    # The tail, which two of five compute.
+    assert outside == Loop(5, 2 * 64 * 16 * 128 * 2 // 5)
+
+
+def test_the_trips_of_a_loop_in_a_loop():
+    _, (loop,) = product_loops(launch(present=1, size=7), BRANCHES)
+    assert loop == Loop(5 * 7 * 3, 2 * 64 * 16 * 16)
+
+
+# The whole-head backward: it has no loop, and each chunk of keys stands in a branch.
+@pytest.mark.parametrize(("present", "taken"), [(3, 2), (2, 1), (1, 1), (4, 0)])
+def test_products_in_branches_are_counted_where_they_are_taken(present, taken):
+    outside, loops_of_it = product_loops(launch(present=present, size=0), BRANCHES)
+    assert outside == Loop(5, taken * 2 * 64 * 64 * 32)
+    code = parse(BRANCHES_SASS)
+    whole = Body.of(code)
+    assert not loops(code)
+    # Four of m64n32k16 each, with A from shared memory: (2048 + 1024) / 128 cycles.
+    assert (whole.flops, whole.tensor) == (2 * 2 * 64 * 64 * 32, 8 * 24)
+    planned = [outside, *loops_of_it]
+    if taken == 2:
+        assert unrolled(whole, launch(), planned) == (5,)
+        assert slowest([whole], (5 * 132,), 4) == ("tensor", pytest.approx(5 * 192 / 1.755e3))
+    else:
+        with pytest.raises(Unknown, match="no loop and 2621440 FLOP, where the IR has"):
+            unrolled(whole, launch(), planned)
+
+
+def test_a_branch_that_depends_on_memory_is_unknown():
+    with pytest.raises(Unknown, match="the way at scf.if %4"):
+        product_loops(launch(present=3, size=0), BRANCHES.replace("arith.shrsi %present, %c1", "tt.load %a"))
 
 
 def test_trips_that_depend_on_memory_are_unknown():

@@ -110,7 +110,8 @@ def calls() -> Iterator[TileCall]:
     for kernel, (batch, width) in product(PLANS, ((64, 768), (1, 768), (8, 1024), (256, 384))):
         if kernel in ("patch_embed_fwd", "patch_embed_dweight"):
             yield patch_embed_call(kernel, half, batch, width)
-    for batch, tokens, heads in ((64, 197, 12), (1, 197, 12), (256, 197, 6), (8, 197, 16), (256, 50, 12)):
+    lengths = ((64, 197, 12), (1, 197, 12), (256, 197, 6), (8, 197, 16), (256, 50, 12), (64, 257, 12))
+    for batch, tokens, heads in lengths:
         yield attention_call("attention_bwd_heads", half, batch, tokens, heads, 64)
     for kernel in ATTENTION:
         yield attention_call(kernel, half, 16, 577, 12, 64)

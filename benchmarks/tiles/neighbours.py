@@ -29,6 +29,7 @@ SEEDS = {
         _seed(64, 64, 4, 2, RESIDENT=0),
         _seed(64, 64, 4, 2, RESIDENT=2),
     ),
+    "attention_bwd_heads": (_seed(64, 128, 8, 1, ONE_LAUNCH=1),),
     "attention_bwd_keys": (_seed(64, 128, 8, 2), _seed(64, 64, 4, 1), _seed(32, 64, 4, 1)),
     "attention_bwd_queries": (_seed(128, 64, 8, 2), _seed(64, 64, 4, 2)),
 }

@@ -65,7 +65,8 @@ def test_many_tokens(mode, gpu):
 
 # The backward in one launch with every number of blocks, and in two where the table would take one.
 @pytest.mark.parametrize(
-    ("one", "tokens"), [*((1, tokens) for tokens in range(13, 209, 16)), (0, 50), (0, 197)]
+    ("one", "tokens"),
+    [*((1, tokens) for tokens in range(13, 273, 16)), (1, 257), (0, 50), (0, 197), (0, 257)],
 )
 def test_both_forms_of_the_backward(one, tokens, gpu):
     kernel, arch = "attention_bwd_heads", attention.arch_of(gpu)
