@@ -14,6 +14,7 @@ from .attention_score import (
     indices,
     load_prepared,
     masked,
+    pass_blocks,
     product,
     zeros,
 )
@@ -102,24 +103,19 @@ def _attention_fwd_kernel(
     out = (out_ptr, stride_out, lse_ptr)
     rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
+    sources = (q, k, v, rope, masks, scale, tokens)
     if len(CHUNKS) > 0:
-        resident(q, k, v, out, rope, masks, scale, share, programs, tokens, F, QK, V, BLOCK_M, CHUNKS)
+        resident(sources, out, share, programs, F, QK, V, BLOCK_M, CHUNKS)
     else:
-        online(q, k, v, out, rope, masks, scale, share, tokens, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)
+        online(sources, out, share, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)
 
 
 @triton.jit
 def resident(
-    q,
-    k,
-    v,
+    sources,
     out,
-    rope,
-    masks,
-    scale,
     share,
     programs,
-    tokens,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -130,6 +126,7 @@ def resident(
 
     All logits of a row are there at once, so the softmax takes one pass: nothing is rescaled.
     """
+    q, k, v, rope, masks, scale, tokens = sources
     C: tl.constexpr = len(CHUNKS)
     keys_0 = indices(0, CHUNKS[0], F)
     k0_a, k0_b = load_prepared(k, keys_0, rope, tokens, F, QK, C == 1)
@@ -177,15 +174,9 @@ def resident(
 
 @triton.jit
 def online(
-    q,
-    k,
-    v,
+    sources,
     out,
-    rope,
-    masks,
-    scale,
     share,
-    tokens,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -194,76 +185,25 @@ def online(
     TAIL: tl.constexpr,
     TAIL_FIRST: tl.constexpr,
 ):
-    """Keys pass in blocks of BLOCK_N under a running softmax; all are full but for a last one, TAIL wide.
-
-    TAIL_FIRST takes the last one first: behind a loop of wgmma it would make each of them wait for itself.
-    """
+    """Keys pass in blocks of BLOCK_N under a running softmax."""
+    q, _, _, rope, _, _, tokens = sources
     rows = indices(share * BLOCK_M, BLOCK_M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc_a, acc_b = zeros(BLOCK_M, V)
-    full = tokens // BLOCK_N * BLOCK_N
-    for part in tl.static_range(2):
-        if part == (0 if TAIL_FIRST else 1):
-            if TAIL > 0:
-                acc_a, acc_b, top, total = attend(
-                    acc_a,
-                    acc_b,
-                    top,
-                    total,
-                    (q_a, q_b, rows),
-                    full,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    TAIL,
-                    True,
-                )
-        else:
-            for start in range(0, full, BLOCK_N):
-                acc_a, acc_b, top, total = attend(
-                    acc_a,
-                    acc_b,
-                    top,
-                    total,
-                    (q_a, q_b, rows),
-                    start,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    BLOCK_N,
-                    False,
-                )
+    own, state = (q_a, q_b, rows), (acc_a, acc_b, top, total)
+    state = pass_blocks(attend, state, own, sources, tokens, F, QK, V, BLOCK_N, TAIL, TAIL_FIRST)
+    acc_a, acc_b, top, total = state
     finish(acc_a, acc_b, top, total, rows, out, tokens, V, F)
 
 
 @triton.jit
 def attend(
-    acc_a,
-    acc_b,
-    top,
-    total,
-    queries,
+    state,
+    own,
     start,
-    k,
-    v,
-    rope,
-    masks,
-    scale,
-    tokens,
+    sources,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -271,7 +211,9 @@ def attend(
     EDGE: tl.constexpr,
 ):
     """Take WIDTH keys from ``start`` on into the running softmax."""
-    q_a, q_b, rows = queries
+    acc_a, acc_b, top, total = state
+    q_a, q_b, rows = own
+    _, k, v, rope, masks, scale, tokens = sources
     keys = indices(start, WIDTH, F)
     k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, EDGE)
     s = product(q_a, q_b, k_a, k_b, QK, F)

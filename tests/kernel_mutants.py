@@ -152,6 +152,9 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "backward, masked",
         ),
         ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "backward"),
+        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "tail last"),
+        ("tail left out, backward", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
+        ("tail taken twice", _ORDER, "if True:", "forward"),
     ],
     "attention_fwd.py": [
         ("sum not rescaled", "total = total * fade +", "total = total +", "large logits"),
@@ -174,8 +177,6 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "total += 0.0",
             "forward, resident, two chunks",
         ),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "tail last"),
-        ("tail taken twice", _ORDER, "if True:", "forward"),
         ("k by the stride of q", "k = (k_ptr, stride_k,", "k = (k_ptr, stride_q + 1,", "forward"),
         ("k by the norm of q", "stride_k, (k_weight_ptr,", "stride_k, (q_weight_ptr,", "layer norm"),
     ],
@@ -215,7 +216,6 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "backward",
         ),
         ("delta not taken off", _DK, _DK.replace(" - delta[None, :]", ""), "backward"),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dk dropped", "dk_a * scale", "dk_a", "backward"),
     ],
     "attention_bwd_heads.py": [
@@ -247,7 +247,6 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "attention_bwd_queries.py": [
         ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),
         ("tail not masked", "masks, tokens, F, EDGE)", "masks, tokens, F, False)", "backward, tail"),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dq dropped", "dq_a * scale", "dq_a", "backward"),
     ],
     "attention.py": [
