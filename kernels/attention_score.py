@@ -227,8 +227,9 @@ def lse_parts(lse, F: tl.constexpr):
 
 
 @triton.jit
-def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr, F: tl.constexpr):
+def finish(state, rows, out, tokens, V: tl.constexpr, F: tl.constexpr):
     """Divide by the sum and store; a row with no key to see is zeros, and its log-sum-exp -inf."""
+    acc_a, acc_b, top, total = state
     out_ptr, stride, lse_ptr = out
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_parts(out_ptr, acc_a * share[:, None], acc_b * share[:, None], rows, stride, tokens, V)
