@@ -96,7 +96,8 @@ def programs_of(heads: int, blocks: int, side_by_side: int) -> int:
 def chunks_of(tokens: int) -> tuple[int, ...]:
     """Up to three powers of two that cover the tokens with least to spare, the widest first.
 
-    197 = 128 + 64 + 16 with 11 to spare; one tile of 256 would leave 59 and spill.
+    197 = 128 + 64 + 16 with 11 to spare; one tile of 256 would leave 59 and spill. But 256 = 128 + 64 + 64: a
+    second chunk of 128 takes 50 registers more, and a multiprocessor then holds two programs for three.
     """
     widths = (128, 64, 32, 16)
     covers = [
@@ -105,7 +106,7 @@ def chunks_of(tokens: int) -> tuple[int, ...]:
         for cover in combinations_with_replacement(widths, count)
         if sum(cover) >= tokens
     ]
-    return min(covers, key=lambda cover: (sum(cover), len(cover)))
+    return min(covers, key=lambda cover: (sum(cover), cover.count(128) > 1, len(cover)))
 
 
 def attention_bwd(

@@ -17,6 +17,7 @@ BATCH, HEADS = 64, 12
 CASES = (
     ("fwd", "half", 50, 64, ""),
     ("fwd", "half", 197, 64, "lse"),
+    ("fwd", "half", 256, 64, "lse"),
     ("fwd", "half", 257, 64, ""),
     ("fwd", "half", 577, 64, "lse"),
     ("fwd", "half", 1370, 64, "half layer_norm keys lse"),

@@ -125,47 +125,10 @@ def _attention_bwd_kernel(
     grad = (grad_ptr, stride_grad, stride_grad_channel)
     rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
-    grads = (dqkv_ptr, 3 * stride_out, sums_ptr)
+    sources = (q, k, v, grad, facts_ptr, rope, masks, scale, tokens)
+    grads = (dqkv_ptr, stride_out, sums_ptr)
     if OWNER == "keys":
-        own_keys(
-            q,
-            k,
-            v,
-            grad,
-            facts_ptr,
-            grads,
-            rope,
-            masks,
-            scale,
-            share,
-            tokens,
-            stride_out,
-            F,
-            QK,
-            V,
-            BLOCK_N,
-            BLOCK_M,
-            TAIL,
-            TAIL_FIRST,
-        )
+        own_keys(sources, grads, share, F, QK, V, BLOCK_N, BLOCK_M, TAIL, TAIL_FIRST)
     else:
-        own_queries(
-            q,
-            k,
-            v,
-            (out_ptr, stride_out, lse_ptr, grad),
-            facts_ptr,
-            grads,
-            rope,
-            masks,
-            scale,
-            share,
-            tokens,
-            F,
-            QK,
-            V,
-            BLOCK_M,
-            BLOCK_N,
-            TAIL,
-            TAIL_FIRST,
-        )
+        out = (out_ptr, stride_out, lse_ptr)
+        own_queries(sources, out, grads, share, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)

@@ -10,6 +10,7 @@ from .attention_score import (
     load_facts,
     load_prepared,
     masked,
+    pass_blocks,
     product,
     weights_of,
     zeros,
@@ -18,18 +19,9 @@ from .attention_score import (
 
 @triton.jit
 def own_keys(
-    q,
-    k,
-    v,
-    grad,
-    facts_ptr,
+    sources,
     grads,
-    rope,
-    masks,
-    scale,
     share,
-    tokens,
-    stride_part,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -38,93 +30,30 @@ def own_keys(
     TAIL: tl.constexpr,
     TAIL_FIRST: tl.constexpr,
 ):
-    """dk and dv of N keys: the queries pass in blocks of M, full but for a last one, TAIL wide."""
+    """dk and dv of N keys: the queries pass in blocks of M."""
+    _, k, v, _, _, rope, _, scale, tokens = sources
     keys = indices(share * N, N, F)
     k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, True)
     v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, True)
     dk_a, dk_b = zeros(N, QK)
     dv_a, dv_b = zeros(N, V)
-    full = tokens // M * M
-    for part in tl.static_range(2):
-        if part == (0 if TAIL_FIRST else 1):
-            if TAIL > 0:
-                dk_a, dk_b, dv_a, dv_b = _pass_queries(
-                    dk_a,
-                    dk_b,
-                    dv_a,
-                    dv_b,
-                    k_a,
-                    k_b,
-                    v_a,
-                    v_b,
-                    keys,
-                    full,
-                    q,
-                    grad,
-                    facts_ptr,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    TAIL,
-                    True,
-                )
-        else:
-            for start in range(0, full, M):
-                dk_a, dk_b, dv_a, dv_b = _pass_queries(
-                    dk_a,
-                    dk_b,
-                    dv_a,
-                    dv_b,
-                    k_a,
-                    k_b,
-                    v_a,
-                    v_b,
-                    keys,
-                    start,
-                    q,
-                    grad,
-                    facts_ptr,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    M,
-                    False,
-                )
-    dqkv_ptr, stride, sums_ptr = grads
-    store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, stride, tokens, V)
+    own, state = (k_a, k_b, v_a, v_b, keys), (dk_a, dk_b, dv_a, dv_b)
+    state = pass_blocks(pass_queries, state, own, sources, tokens, F, QK, V, M, TAIL, TAIL_FIRST)
+    dk_a, dk_b, dv_a, dv_b = state
+    dqkv_ptr, stride_part, sums_ptr = grads
+    store_parts(dqkv_ptr + 2 * stride_part, dv_a, dv_b, keys, 3 * stride_part, tokens, V)
     dk_a, dk_b = prepare_backward(
         dk_a * scale, dk_b * scale, k[0], keys, k[1], k[2], rope, sums_ptr, tokens, QK, F
     )
-    store_parts(dqkv_ptr + stride_part, dk_a, dk_b, keys, stride, tokens, QK)
+    store_parts(dqkv_ptr + stride_part, dk_a, dk_b, keys, 3 * stride_part, tokens, QK)
 
 
 @triton.jit
-def _pass_queries(
-    dk_a,
-    dk_b,
-    dv_a,
-    dv_b,
-    k_a,
-    k_b,
-    v_a,
-    v_b,
-    keys,
+def pass_queries(
+    state,
+    own,
     start,
-    q,
-    grad,
-    facts_ptr,
-    rope,
-    masks,
-    scale,
-    tokens,
+    sources,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -132,6 +61,9 @@ def _pass_queries(
     EDGE: tl.constexpr,
 ):
     """What WIDTH queries add to dk and dv, in the transposed form, where only dS must change its layout."""
+    dk_a, dk_b, dv_a, dv_b = state
+    k_a, k_b, v_a, v_b, keys = own
+    q, _, _, grad, facts_ptr, rope, masks, scale, tokens = sources
     rows = indices(start, WIDTH, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, EDGE)
     grad_a, grad_b = load_parts(grad[0], rows, grad[1], tokens, V, EDGE, grad[2])

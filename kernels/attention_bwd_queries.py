@@ -10,6 +10,7 @@ from .attention_score import (
     load_outputs,
     load_prepared,
     masked,
+    pass_blocks,
     product,
     store_facts,
     weights_of,
@@ -19,17 +20,10 @@ from .attention_score import (
 
 @triton.jit
 def own_queries(
-    q,
-    k,
-    v,
+    sources,
     out,
-    facts_ptr,
     grads,
-    rope,
-    masks,
-    scale,
     share,
-    tokens,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -38,92 +32,27 @@ def own_queries(
     TAIL: tl.constexpr,
     TAIL_FIRST: tl.constexpr,
 ):
-    """dq of M queries: the keys pass in blocks of N, full but for a last one, TAIL wide."""
+    """dq of M queries: the keys pass in blocks of N."""
+    q, _, _, grad, facts_ptr, rope, _, scale, tokens = sources
     rows = indices(share * M, M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-    grad_a, grad_b, base, lse, delta = load_outputs(out, rows, tokens, V, F)
+    grad_a, grad_b, base, lse, delta = load_outputs(out, grad, rows, tokens, V, F)
     store_facts(facts_ptr, base, lse, delta, rows, tokens)
-    dq_a, dq_b = zeros(M, QK)
-    full = tokens // N * N
-    for part in tl.static_range(2):
-        if part == (0 if TAIL_FIRST else 1):
-            if TAIL > 0:
-                dq_a, dq_b = _pass_keys(
-                    dq_a,
-                    dq_b,
-                    q_a,
-                    q_b,
-                    grad_a,
-                    grad_b,
-                    base,
-                    lse,
-                    delta,
-                    rows,
-                    full,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    TAIL,
-                    True,
-                )
-        else:
-            for start in range(0, full, N):
-                dq_a, dq_b = _pass_keys(
-                    dq_a,
-                    dq_b,
-                    q_a,
-                    q_b,
-                    grad_a,
-                    grad_b,
-                    base,
-                    lse,
-                    delta,
-                    rows,
-                    start,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    N,
-                    False,
-                )
-    dqkv_ptr, stride, sums_ptr = grads
+    own = (q_a, q_b, grad_a, grad_b, base, lse, delta, rows)
+    dq_a, dq_b = pass_blocks(pass_keys, zeros(M, QK), own, sources, tokens, F, QK, V, N, TAIL, TAIL_FIRST)
+    dqkv_ptr, stride_part, sums_ptr = grads
     dq_a, dq_b = prepare_backward(
         dq_a * scale, dq_b * scale, q[0], rows, q[1], q[2], rope, sums_ptr, tokens, QK, F
     )
-    store_parts(dqkv_ptr, dq_a, dq_b, rows, stride, tokens, QK)
+    store_parts(dqkv_ptr, dq_a, dq_b, rows, 3 * stride_part, tokens, QK)
 
 
 @triton.jit
-def _pass_keys(
-    dq_a,
-    dq_b,
-    q_a,
-    q_b,
-    grad_a,
-    grad_b,
-    base,
-    lse,
-    delta,
-    rows,
+def pass_keys(
+    state,
+    own,
     start,
-    k,
-    v,
-    rope,
-    masks,
-    scale,
-    tokens,
+    sources,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -131,6 +60,9 @@ def _pass_keys(
     EDGE: tl.constexpr,
 ):
     """What WIDTH keys add to dq. Keys past the last get no weight: exp(0 - lse) may be anything."""
+    dq_a, dq_b = state
+    q_a, q_b, grad_a, grad_b, base, lse, delta, rows = own
+    _, k, v, _, _, rope, masks, scale, tokens = sources
     keys = indices(start, WIDTH, F)
     k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, EDGE)
     v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, EDGE)

@@ -1,5 +1,6 @@
-"""Attention forward: exact softmax in one pass where a head's keys fit on the chip, online beyond."""
+"""Attention forward under a running softmax: a head's keys stay on the chip if they fit, else they pass."""
 
+# ruff: noqa: RUF005  Triton compiles no (*tuple, more)
 import triton
 import triton.language as tl
 
@@ -14,6 +15,7 @@ from .attention_score import (
     indices,
     load_prepared,
     masked,
+    pass_blocks,
     product,
     zeros,
 )
@@ -102,90 +104,55 @@ def _attention_fwd_kernel(
     out = (out_ptr, stride_out, lse_ptr)
     rope = (cos_ptr, sin_ptr, stride_rope_token * ALIGN, prefix, tokens)
     masks = (mask_ptr, stride_mask_query, stride_mask_key, key_mask_ptr, stride_key_token)
+    sources = (q, k, v, rope, masks, scale, tokens)
     if len(CHUNKS) > 0:
-        resident(q, k, v, out, rope, masks, scale, share, programs, tokens, F, QK, V, BLOCK_M, CHUNKS)
+        resident(sources, out, share, programs, F, QK, V, BLOCK_M, CHUNKS)
     else:
-        online(q, k, v, out, rope, masks, scale, share, tokens, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)
+        online(sources, out, share, F, QK, V, BLOCK_M, BLOCK_N, TAIL, TAIL_FIRST)
 
 
 @triton.jit
 def resident(
-    q,
-    k,
-    v,
+    sources,
     out,
-    rope,
-    masks,
-    scale,
     share,
     programs,
-    tokens,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Keys and values are loaded once, in up to three chunks, and stay while the query blocks pass.
+    """Keys and values are loaded once, in chunks CHUNKS wide, and stay while the query blocks pass.
 
-    All logits of a row are there at once, so the softmax takes one pass: nothing is rescaled.
+    The softmax runs over the chunks too: the logits of all at once would leave registers for fewer programs.
     """
+    q, k, v, rope, masks, scale, tokens = sources
     C: tl.constexpr = len(CHUNKS)
-    keys_0 = indices(0, CHUNKS[0], F)
-    k0_a, k0_b = load_prepared(k, keys_0, rope, tokens, F, QK, C == 1)
-    v0_a, v0_b = load_parts(v[0], keys_0, v[1], tokens, V, C == 1)
-    if C > 1:
-        keys_1 = indices(CHUNKS[0], CHUNKS[1], F)
-        k1_a, k1_b = load_prepared(k, keys_1, rope, tokens, F, QK, C == 2)
-        v1_a, v1_b = load_parts(v[0], keys_1, v[1], tokens, V, C == 2)
-    if C > 2:
-        keys_2 = indices(CHUNKS[0] + CHUNKS[1], CHUNKS[2], F)
-        k2_a, k2_b = load_prepared(k, keys_2, rope, tokens, F, QK, True)
-        v2_a, v2_b = load_parts(v[0], keys_2, v[1], tokens, V, True)
+    keys, ks, vs = (), (), ()
+    first = 0
+    for c in tl.static_range(C):
+        keys = keys + (indices(first, CHUNKS[c], F),)
+        ks = ks + (load_prepared(k, keys[c], rope, tokens, F, QK, c + 1 == C),)
+        vs = vs + (load_parts(v[0], keys[c], v[1], tokens, V, c + 1 == C),)
+        first += CHUNKS[c]
 
     for start in range(share * BLOCK_M, tokens, programs * BLOCK_M):
         rows = indices(start, BLOCK_M, F)
-        queries = rows[:, None]
         q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-        s0 = product(q_a, q_b, k0_a, k0_b, QK, F)
-        s0, factor = masked(s0, queries, keys_0[None, :], scale, masks, tokens, F, C == 1)
-        top = tl.max(s0, axis=1)
-        if C > 1:
-            s1 = product(q_a, q_b, k1_a, k1_b, QK, F)
-            s1, factor = masked(s1, queries, keys_1[None, :], scale, masks, tokens, F, C == 2)
-            top = tl.maximum(top, tl.max(s1, axis=1))
-        if C > 2:
-            s2 = product(q_a, q_b, k2_a, k2_b, QK, F)
-            s2, factor = masked(s2, queries, keys_2[None, :], scale, masks, tokens, F, True)
-            top = tl.maximum(top, tl.max(s2, axis=1))
-        top *= factor
-        base = finite(top)
-        acc_a, acc_b = zeros(BLOCK_M, V)
-        weights = tl.exp2(s0 * factor - base[:, None])
-        total = tl.sum(weights, axis=1)
-        acc_a, acc_b = accumulate(acc_a, acc_b, weights, v0_a, v0_b, V, F)
-        if C > 1:
-            weights_1 = tl.exp2(s1 * factor - base[:, None])
-            total += tl.sum(weights_1, axis=1)
-            acc_a, acc_b = accumulate(acc_a, acc_b, weights_1, v1_a, v1_b, V, F)
-        if C > 2:
-            weights_2 = tl.exp2(s2 * factor - base[:, None])
-            total += tl.sum(weights_2, axis=1)
-            acc_a, acc_b = accumulate(acc_a, acc_b, weights_2, v2_a, v2_b, V, F)
-        finish(acc_a, acc_b, top, total, rows, out, tokens, V, F)
+        state = fresh(BLOCK_M, V)
+        for c in tl.static_range(C):
+            s = product(q_a, q_b, ks[c][0], ks[c][1], QK, F)
+            s, factor = masked(s, rows[:, None], keys[c][None, :], scale, masks, tokens, F, c + 1 == C)
+            state = take(state, s, factor, vs[c], V, F, c == 0)
+        finish(state, rows, out, tokens, V, F)
 
 
 @triton.jit
 def online(
-    q,
-    k,
-    v,
+    sources,
     out,
-    rope,
-    masks,
-    scale,
     share,
-    tokens,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -194,76 +161,22 @@ def online(
     TAIL: tl.constexpr,
     TAIL_FIRST: tl.constexpr,
 ):
-    """Keys pass in blocks of BLOCK_N under a running softmax; all are full but for a last one, TAIL wide.
-
-    TAIL_FIRST takes the last one first: behind a loop of wgmma it would make each of them wait for itself.
-    """
+    """Keys pass in blocks of BLOCK_N under a running softmax."""
+    q, _, _, rope, _, _, tokens = sources
     rows = indices(share * BLOCK_M, BLOCK_M, F)
     q_a, q_b = load_prepared(q, rows, rope, tokens, F, QK, True)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc_a, acc_b = zeros(BLOCK_M, V)
-    full = tokens // BLOCK_N * BLOCK_N
-    for part in tl.static_range(2):
-        if part == (0 if TAIL_FIRST else 1):
-            if TAIL > 0:
-                acc_a, acc_b, top, total = attend(
-                    acc_a,
-                    acc_b,
-                    top,
-                    total,
-                    (q_a, q_b, rows),
-                    full,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    TAIL,
-                    True,
-                )
-        else:
-            for start in range(0, full, BLOCK_N):
-                acc_a, acc_b, top, total = attend(
-                    acc_a,
-                    acc_b,
-                    top,
-                    total,
-                    (q_a, q_b, rows),
-                    start,
-                    k,
-                    v,
-                    rope,
-                    masks,
-                    scale,
-                    tokens,
-                    F,
-                    QK,
-                    V,
-                    BLOCK_N,
-                    False,
-                )
-    finish(acc_a, acc_b, top, total, rows, out, tokens, V, F)
+    own = (q_a, q_b, rows)
+    state = fresh(BLOCK_M, V)
+    state = pass_blocks(attend, state, own, sources, tokens, F, QK, V, BLOCK_N, TAIL, TAIL_FIRST)
+    finish(state, rows, out, tokens, V, F)
 
 
 @triton.jit
 def attend(
-    acc_a,
-    acc_b,
-    top,
-    total,
-    queries,
+    state,
+    own,
     start,
-    k,
-    v,
-    rope,
-    masks,
-    scale,
-    tokens,
+    sources,
     F: tl.constexpr,
     QK: tl.constexpr,
     V: tl.constexpr,
@@ -271,19 +184,40 @@ def attend(
     EDGE: tl.constexpr,
 ):
     """Take WIDTH keys from ``start`` on into the running softmax."""
-    q_a, q_b, rows = queries
+    q_a, q_b, rows = own
+    _, k, v, rope, masks, scale, tokens = sources
     keys = indices(start, WIDTH, F)
     k_a, k_b = load_prepared(k, keys, rope, tokens, F, QK, EDGE)
     s = product(q_a, q_b, k_a, k_b, QK, F)
     s, factor = masked(s, rows[:, None], keys[None, :], scale, masks, tokens, F, EDGE)
-    v_a, v_b = load_parts(v[0], keys, v[1], tokens, V, EDGE)
-    new_top = tl.maximum(top, tl.max(s, axis=1) * factor)
+    values = load_parts(v[0], keys, v[1], tokens, V, EDGE)
+    return take(state, s, factor, values, V, F, False)
+
+
+@triton.jit
+def fresh(ROWS: tl.constexpr, V: tl.constexpr):
+    """The running softmax of rows that have seen no key: the sum of weighted values, in both parts; the
+    maximum, in units of log 2; the sum of the weights.
+    """
+    acc_a, acc_b = zeros(ROWS, V)
+    return acc_a, acc_b, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def take(state, s, factor, values, V: tl.constexpr, F: tl.constexpr, FIRST: tl.constexpr):
+    """Take logits and the values of their keys into the running softmax; the FIRST ones rescale nothing."""
+    acc_a, acc_b, top, total = state
+    new_top = tl.max(s, axis=1) * factor
+    if not FIRST:
+        new_top = tl.maximum(top, new_top)
     base = finite(new_top)
     weights = tl.exp2(s * factor - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weights, axis=1)
-    acc_a *= fade[:, None]
-    if V.b_width > 0:
-        acc_b *= fade[:, None]
-    acc_a, acc_b = accumulate(acc_a, acc_b, weights, v_a, v_b, V, F)
-    return acc_a, acc_b, new_top, total
+    new_total = tl.sum(weights, axis=1)
+    if not FIRST:
+        fade = tl.exp2(top - base)
+        new_total = total * fade + new_total
+        acc_a *= fade[:, None]
+        if V.b_width > 0:
+            acc_b *= fade[:, None]
+    acc_a, acc_b = accumulate(acc_a, acc_b, weights, values[0], values[1], V, F)
+    return acc_a, acc_b, new_top, new_total

@@ -74,6 +74,35 @@ def accumulate(acc_a, acc_b, weights, a, b, P: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def pass_blocks(
+    step: tl.constexpr,
+    state,
+    own,
+    sources,
+    count,
+    F: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_FIRST: tl.constexpr,
+):
+    """The state after ``step`` took ``count`` keys or queries into it, WIDTH at a time, the rest TAIL wide.
+
+    TAIL_FIRST takes the rest first: behind a loop of wgmma it would make each of them wait for itself.
+    """
+    full = count // WIDTH * WIDTH
+    for part in tl.static_range(2):
+        if part == (0 if TAIL_FIRST else 1):
+            if TAIL > 0:
+                state = step(state, own, full, sources, F, QK, V, TAIL, True)
+        else:
+            for start in range(0, full, WIDTH):
+                state = step(state, own, start, sources, F, QK, V, WIDTH, False)
+    return state
+
+
+@triton.jit
 def along(places, stride):
     """Offsets of elements that lie side by side (stride None) or not. The first need one register a row."""
     return places if stride is None else places * stride
@@ -112,13 +141,13 @@ def masked(s, queries, keys, scale, masks, count, F: tl.constexpr, EDGE: tl.cons
 
 
 @triton.jit
-def load_outputs(out, rows, tokens, V: tl.constexpr, F: tl.constexpr):
+def load_outputs(out, grad, rows, tokens, V: tl.constexpr, F: tl.constexpr):
     """The output's gradient; base and log-sum-exp in units of log 2, the weights being exp2(s - base - lse);
     and delta = sum of output times gradient.
 
     The log-sum-exp of a row that saw no key, or is none, becomes inf: its weights exp(s - inf) are zero.
     """
-    out_ptr, stride_out, lse_ptr, grad = out
+    out_ptr, stride_out, lse_ptr = out
     grad_a, grad_b = load_parts(grad[0], rows, grad[1], tokens, V, True, grad[2])
     out_a, out_b = load_parts(out_ptr, rows, stride_out, tokens, V, True)
     delta = tl.sum(out_a.to(tl.float32) * grad_a.to(tl.float32), axis=1)
@@ -198,8 +227,9 @@ def lse_parts(lse, F: tl.constexpr):
 
 
 @triton.jit
-def finish(acc_a, acc_b, top, total, rows, out, tokens, V: tl.constexpr, F: tl.constexpr):
+def finish(state, rows, out, tokens, V: tl.constexpr, F: tl.constexpr):
     """Divide by the sum and store; a row with no key to see is zeros, and its log-sum-exp -inf."""
+    acc_a, acc_b, top, total = state
     out_ptr, stride, lse_ptr = out
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_parts(out_ptr, acc_a * share[:, None], acc_b * share[:, None], rows, stride, tokens, V)

@@ -104,7 +104,6 @@ _ROTATED = "a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b"
 _TURNED_BACK = "grad_a * cos_a + grad_b * sin_b, grad_b * cos_b - grad_a * sin_a"
 _NOT_PREFIX = "inside = ((rows >= prefix) & (rows < tokens))"
 _CENTRED = "a - mean[:, None], 0.0)"
-_TOP = "new_top = tl.maximum(top, tl.max(s, axis=1) * factor)"
 _DQ = "(product(grad_a, grad_b, v_a, v_b, V, F) - delta[:, None])"
 _DK = "(product(v_a, v_b, grad_a, grad_b, V, F) - delta[None, :])"
 _GRAD_OF_NORM = "grad_a - mean[:, None] - x_a * along[:, None]"
@@ -143,30 +142,22 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "backward, masked",
         ),
         ("delta = 0", "delta = tl.sum(", "delta = 0 * tl.sum(", "backward"),
+        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "tail last"),
+        ("tail left out, backward", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
+        ("tail taken twice", _ORDER, "if True:", "forward"),
     ],
     "attention_fwd.py": [
         ("sum not rescaled", "total = total * fade +", "total = total +", "large logits"),
-        (
-            "maximum not kept",
-            _TOP,
-            _TOP.replace("tl.maximum(top, ", "(").replace("factor)", "factor)"),
-            "large logits",
-        ),
+        ("maximum not kept", "new_top = tl.maximum(top, new_top)", "new_top += 0.0", "large logits"),
         ("accumulator not rescaled", "acc_a *= fade[:, None]", "acc_a *= 1.0", "large logits"),
         (
             "weights in half before the sum",
-            "tl.sum(weights, axis=1)\n    acc_a *=",
-            "tl.sum(weights.to(tl.float16), axis=1)\n    acc_a *=",
+            "tl.sum(weights, axis=1)",
+            "tl.sum(weights.to(tl.float16), axis=1)",
             "forward",
         ),
-        (
-            "a chunk's sum dropped",
-            "total += tl.sum(weights_1, axis=1)",
-            "total += 0.0",
-            "forward, resident, two chunks",
-        ),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "tail last"),
-        ("tail taken twice", _ORDER, "if True:", "forward"),
+        ("each chunk the first", "V, F, c == 0)", "V, F, True)", "forward, resident, two chunks"),
+        ("a chunk's keys twice", "first += CHUNKS[c]", "first += 0", "forward, resident, two chunks"),
         ("k by the stride of q", "k = (k_ptr, stride_k,", "k = (k_ptr, stride_q + 1,", "forward"),
         ("k by the norm of q", "stride_k, (k_weight_ptr,", "stride_k, (q_weight_ptr,", "layer norm"),
     ],
@@ -206,7 +197,6 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
             "backward",
         ),
         ("delta not taken off", _DK, _DK.replace(" - delta[None, :]", ""), "backward"),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dk dropped", "dk_a * scale", "dk_a", "backward"),
     ],
     "attention_bwd_heads.py": [
@@ -249,7 +239,6 @@ _ROWS: dict[str, list[tuple[str, str, str, str]]] = {
     "attention_bwd_queries.py": [
         ("delta not taken off", _DQ, _DQ.replace(" - delta[:, None]", ""), "backward"),
         ("tail not masked", "masks, tokens, F, EDGE)", "masks, tokens, F, False)", "backward, tail"),
-        ("tail left out", _ORDER, "if TAIL_FIRST and part == 0:", "backward, tail last"),
         ("scale of dq dropped", "dq_a * scale", "dq_a", "backward"),
     ],
     "attention.py": [

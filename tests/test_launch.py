@@ -109,6 +109,7 @@ def test_a_tail_is_the_narrowest_block_that_holds_the_rest():
 def test_chunks_cover_the_tokens_with_least_to_spare():
     assert chunks_of(197) == (128, 64, 16)
     assert chunks_of(64) == (64,)
+    assert chunks_of(256) == (128, 64, 64)  # 128 + 128 spilled
     covers = {
         a + b + c for a in (16, 32, 64, 128) for b in (0, 16, 32, 64, 128) for c in (0, 16, 32, 64, 128)
     }

@@ -11,8 +11,9 @@ Entry = dict[str, Any]
 WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4, 5)
 BLOCKS = (16, 32, 64, 128, 256)
 FORMS = ("TAIL_FIRST", "ONE_LAUNCH")  # 1 or 0
-# The resident form covers a head's keys by three chunks of at most 128.
-RESIDENT_TOKENS = 384
+# The resident form covers a head's keys by three chunks, at most so wide, and takes one at a time.
+WIDEST = 128
+RESIDENT_TOKENS = 3 * WIDEST
 REGISTERS = 255  # of a thread
 MOST = 24
 
@@ -28,6 +29,7 @@ SEEDS = {
         _seed(128, 64, 8, 3, RESIDENT=0),
         _seed(64, 64, 4, 2, RESIDENT=0),
         _seed(64, 64, 4, 2, RESIDENT=2),
+        _seed(64, 64, 4, 1, RESIDENT=3),
     ),
     "attention_bwd_heads": (_seed(64, 128, 8, 1, ONE_LAUNCH=1),),
     "attention_bwd_keys": (_seed(64, 128, 8, 2), _seed(64, 64, 4, 1), _seed(32, 64, 4, 1)),
@@ -92,7 +94,7 @@ def _can_be(kernel: str, entry: Entry, head_dim: int) -> bool:
 def _accumulators(kernel: str, entry: Entry, head_dim: int) -> int:
     """The float32 numbers that a program holds at once, which is the least that it has registers for."""
     if kernel == "attention_fwd":
-        keys = entry["tokens"] if entry["RESIDENT"] else entry["BLOCK_N"]
+        keys = min(entry["tokens"], WIDEST) if entry["RESIDENT"] else entry["BLOCK_N"]
         return entry["BLOCK_M"] * (head_dim + keys)
     elif kernel == "attention_bwd_heads":
         chunk = entry["BLOCK_N"] * 2 * (head_dim + entry["BLOCK_M"])
