@@ -8,7 +8,7 @@ from launch_kinds import HEADS, OPTIONS, OTHERS, TOKENS, expected, forward, tens
 from triton.runtime.jit import JITFunction
 
 from fastvit_benchmarks import bench_host
-from fastvit_benchmarks.bench_host import no_gpu
+from fastvit_benchmarks.no_gpu import no_gpu
 from fastvit_kernels import attention, launch_cache, patch_embed
 from fastvit_kernels.aot_compile import specialized
 from fastvit_kernels.attention_options import Options

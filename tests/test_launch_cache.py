@@ -26,7 +26,7 @@ from launch_kinds import (
 )
 from triton import knobs
 
-from fastvit_benchmarks.bench_host import no_gpu
+from fastvit_benchmarks.no_gpu import no_gpu
 from fastvit_kernels import attention, launch_cache, patch_embed_plan, tiles
 from fastvit_kernels.attention_options import Options
 from fastvit_kernels.launch import Launch
