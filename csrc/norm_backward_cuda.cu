@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kVectors * kWidth>)
     if (a.dx == nullptr) continue;
     const float along_mean = a.mean != nullptr ? a.width.mean_of(warp_sum(sum)) : 0.0f;
     const float along_row = a.width.mean_of(warp_sum(product));
-    each_vector<kVectors, kWidth>(a.columns, [&](int i, std::int64_t column) {
+    // Of rows that are not held a few vectors at a time: all of them would need more registers than there are.
+    each_vector<kHeld, kWidth>(a.columns, [&](int i, std::int64_t column) {
       float x[kWidth], grad[kWidth], weight[kWidth], beside[kWidth];
       x_row.get(i, column, x);
       grad_row.get(i, column, grad);

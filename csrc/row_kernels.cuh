@@ -185,6 +185,7 @@ __device__ __forceinline__ void each_vector(std::int64_t columns, const Use& use
       if (i < kSure || column < columns) use(i, column);
     }
   } else {
+#pragma unroll 4
     for (std::int64_t column = lane * kWidth; column < columns; column += kLanes * kWidth) use(0, column);
   }
 }
